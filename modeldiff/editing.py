@@ -1,0 +1,204 @@
+"""Carrying a plan out on the activations of one batch: the part both executors share.
+
+An `Editor` is made for one call. An executor hands it every activation it asked for, in forward
+order, and puts back what it returns. The editor counts what it changed; an edit that changed
+nothing by the end of the call is an error.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from modeldiff._shapes import Bool, Float
+from modeldiff.errors import InterventionError
+from modeldiff.interventions import Edit, Plan, Shape
+from modeldiff.masks import parse_mask
+from modeldiff.sites import Site
+from modeldiff.tokens import Batch, mask_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Neighbouring rows of a batch that share a plan.
+
+    Args:
+        rows: First row and the row after the last.
+        plan: What is done to them.
+        shape: Shape of the side that they belong to.
+        adapter_off: True for rows of the base inside a batch that runs with the adapter on: what
+            the adapter writes is then exactly zero on these rows.
+        others: Activations for `Replace` edits, by side and site: ``[row, token, width]``.
+    """
+
+    rows: tuple[int, int]
+    plan: Plan
+    shape: Shape
+    adapter_off: bool = False
+    others: Mapping[tuple[str, Site], Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """One edit at one site for one group of rows."""
+
+    number: int
+    edit: Edit
+    group: int
+    mask: Bool[Tensor, "row token"]
+    selected: int
+    everywhere: bool
+    """Every token but padding, which nothing ever reads: no need to spare it."""
+    on_new: bool
+    other: Tensor | None
+
+
+def _other(edit: Edit, site: Site, group: Group) -> Tensor | None:
+    source = getattr(edit, "source", None)
+    if source is None:
+        return None
+    return group.others[source, site] if isinstance(source, str) else source
+
+
+class Editor:
+    """The edits and reads of one call.
+
+    Args:
+        batch: The rows, padded; masks are resolved on its texts.
+        groups: Groups of rows, in order, covering the batch.
+        reads: Sites whose (edited) activations are kept in ``acts``.
+        lora: ``lora`` sites that must be silenced for groups with ``adapter_off``.
+        leaf: Make the first site that is read a leaf that requires grad.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        groups: tuple[Group, ...],
+        reads: tuple[Site, ...] = (),
+        lora: tuple[Site, ...] = (),
+        leaf: bool = False,
+    ) -> None:
+        self.step = 0
+        self.acts: dict[Site, Tensor] = {}
+        self.fired: Counter[int] = Counter()
+        """Tokens changed by each placed edit, by its number; plain data, so it travels back."""
+        self._groups = groups
+        self._reads = frozenset(reads)
+        self._leaf = min(reads) if leaf and reads else None
+        self._placed = _place(batch, groups)
+        silenced = lora if any(group.adapter_off for group in groups) else ()
+        self._silenced = frozenset(silenced)
+        self.sites = tuple(sorted({*self._placed, *reads, *silenced}))
+        self._vectors: dict[tuple[int, str], Tensor] = {}
+
+    def edits(self, site: Site) -> bool:
+        """Whether anything at this site is changed rather than only read."""
+        return site in self._placed or site in self._silenced or site == self._leaf
+
+    @property
+    def only_new(self) -> bool:
+        """Whether nothing is read and every edit waits for generated tokens."""
+        placed = [one for ones in self._placed.values() for one in ones]
+        return not self._reads and not self._silenced and not any(p.selected for p in placed)
+
+    def at(self, site: Site, h: Tensor) -> Tensor:
+        """Take the activation at a site, return what takes its place; ``h`` is not modified."""
+        if self.edits(site):
+            h = self._edited(site, h)
+        if site == self._leaf:
+            h = h.detach().requires_grad_(True)
+        if site in self._reads:
+            self.acts[site] = h
+        return h
+
+    def check_fired(self) -> None:
+        """Verify that every edit changed at least one token at each of its sites.
+
+        Raises:
+            InterventionError: Listing each edit that did not fire, where, and the likely cause.
+        """
+        silent = []
+        for site, placed in self._placed.items():
+            for one in placed:
+                if self.fired[one.number] == 0:
+                    why = "never reached" if one.selected else "its mask selects no token"
+                    silent.append(f"{one.edit.describe()!r} at {site}: {why}")
+        if silent:
+            raise InterventionError(
+                f"{len(silent)} edit(s) did not fire: {'; '.join(silent[:5])}. Results of this "
+                "call would be those of the unedited model, so none are returned. Check the "
+                "layers and `where` of the edit."
+            )
+
+    def _edited(self, site: Site, h: Tensor) -> Tensor:
+        parts = []
+        for index, group in enumerate(self._groups):
+            start, stop = group.rows
+            part = h if (start, stop) == (0, h.shape[0]) else h[start:stop]
+            if group.adapter_off and site in self._silenced:
+                part = torch.zeros_like(part)
+            for one in self._placed.get(site, ()):
+                if one.group == index:
+                    part = self._apply(one, part)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _apply(self, one: _Placed, h: Tensor) -> Tensor:
+        mask = self._mask_now(one, h)
+        if mask is None:
+            return h
+        other = None if self.step > 0 else one.other
+        new = one.edit.apply(h.float(), self._vectors_on(one, h.device), other)
+        self.fired[one.number] += h.shape[0] if self.step > 0 else one.selected
+        if mask is True:
+            return new.to(h.dtype)
+        return torch.where(mask[..., None], new, h.float()).to(h.dtype)
+
+    def _mask_now(self, one: _Placed, h: Tensor) -> Tensor | Literal[True] | None:
+        """Tokens to change: a mask, True if it is all of them, None if it is none."""
+        if self.step > 0:
+            return True if one.on_new else None
+        if h.shape[1] != one.mask.shape[1]:
+            raise InterventionError(
+                f"the model runs on {h.shape[1]} tokens where the plan was resolved on "
+                f"{one.mask.shape[1]}; run() and generate() keep the two equal."
+            )
+        if one.selected == 0:
+            return None
+        return True if one.everywhere else one.mask.to(h.device)
+
+    def _vectors_on(self, one: _Placed, device: torch.device) -> Float[Tensor, "k d_model"]:
+        key = one.number, str(device)
+        if key not in self._vectors:
+            self._vectors[key] = one.edit.vectors().to(device)
+        return self._vectors[key]
+
+
+def _place(batch: Batch, groups: tuple[Group, ...]) -> dict[Site, list[_Placed]]:
+    placed: dict[Site, list[_Placed]] = {}
+    covered = [row for group in groups for row in range(*group.rows)]
+    if covered != list(range(len(batch.texts))):
+        raise InterventionError(f"groups cover rows {covered} of a batch of {len(batch.texts)}.")
+    for index, group in enumerate(groups):
+        for edit in group.plan.edits:
+            where = parse_mask(edit.where)
+            rows = slice(*group.rows)
+            mask = mask_tensor(batch, where)[rows]
+            everywhere = torch.equal(mask, batch.attention_mask[rows].bool())
+            for site in edit.sites(group.shape):
+                one = _Placed(
+                    number=sum(map(len, placed.values())),
+                    edit=edit,
+                    group=index,
+                    mask=mask,
+                    selected=int(mask.sum()),
+                    everywhere=everywhere,
+                    on_new=where.on_new,
+                    other=_other(edit, site, group),
+                )
+                placed.setdefault(site, []).append(one)
+    return placed

@@ -1,0 +1,287 @@
+"""Forward passes over a pair: one side with edits, or both sides with their common part once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from modeldiff._shapes import Float
+from modeldiff.architectures import module_at
+from modeldiff.editing import Editor, Group
+from modeldiff.errors import InterventionError, SiteError
+from modeldiff.hooks import hidden_argument, hooked, outputs_of, recorded, replay, stopping
+from modeldiff.interventions import Edit, Plan, Replace, Side, as_plan
+from modeldiff.loading import Sides
+from modeldiff.sites import Site
+from modeldiff.tokens import Batch, Text, make_batch, padding_id, render
+
+Engine = Literal["hooks", "nnsight"]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one side computed on one batch.
+
+    Args:
+        batch: Texts, ids and padding (on the left).
+        acts: Activations ``[row, token, width]`` after edits, by site, in the model's dtype.
+        logits: ``[row, token, vocab]``, or None if they were not asked for.
+    """
+
+    batch: Batch
+    acts: dict[Site, Tensor]
+    logits: Float[Tensor, "row token vocab"] | None
+
+
+def as_texts(sides: Sides, items: Sequence[Any], *, reply: bool = False) -> tuple[Text, ...]:
+    """Render texts, chats and completions; `Text` values are taken as they are.
+
+    Args:
+        sides: Whose tokenizer renders.
+        items: What `modeldiff.tokens.render` accepts.
+        reply: Render chats ready for the assistant's answer.
+    """
+    return tuple(
+        item
+        if isinstance(item, Text)
+        else render(sides.tokenizer, item, add_generation_prompt=reply)
+        for item in items
+    )
+
+
+def inputs_of(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Move a batch's ids, mask and positions to a device, named as models take them."""
+    return {
+        "input_ids": batch.ids.to(device),
+        "attention_mask": batch.attention_mask.to(device),
+        "position_ids": batch.position_ids.to(device),
+    }
+
+
+def check_sites(sites: Sequence[Site], n_layers: int) -> None:
+    """Verify that every site's layer exists.
+
+    Raises:
+        SiteError: Naming all that do not.
+    """
+    wrong = [str(site) for site in sites if site.layer >= n_layers]
+    if wrong:
+        raise SiteError(f"{', '.join(wrong)}: the model has layers 0 to {n_layers - 1}.")
+
+
+def run(
+    sides: Sides,
+    items: Sequence[Any],
+    *,
+    side: Side,
+    do: "Edit | Plan | None" = None,
+    reads: tuple[Site, ...] = (),
+    logits: bool = True,
+    grad: bool = False,
+    engine: Engine = "hooks",
+) -> Run:
+    """Run one side on one batch, with edits.
+
+    Args:
+        sides: The pair.
+        items: Texts; one batch, padded on the left.
+        side: "base" or "finetuned".
+        do: Edits.
+        reads: Sites to return.
+        logits: False stops after the last site that is needed.
+        grad: Keep the graph; the first site read becomes a leaf, so that
+            ``torch.autograd.grad(loss, run.acts[site])`` works with frozen weights.
+        engine: "hooks" or "nnsight"; the same numbers bit for bit.
+
+    Raises:
+        InterventionError: If an edit did not fire.
+        SiteError: If a site does not exist on this side.
+    """
+    plan = as_plan(do)
+    texts = as_texts(sides, items)
+    batch = make_batch(texts, padding_id(sides.tokenizer), "left")
+    shape = sides.shape(side)
+    check_sites(reads, shape.n_layers)
+    others = sources(sides, batch.texts, plan, side, engine)
+    group = Group((0, len(texts)), plan, shape, others=others)
+    editor = Editor(batch, (group,), reads, leaf=grad)
+    if not logits and not editor.sites:
+        raise InterventionError("run(logits=False) without reads or edits computes nothing.")
+    with torch.set_grad_enabled(grad), sides.on(side) as root:
+        out = _execute(sides, root, side, batch, editor, logits, engine)
+    editor.check_fired()
+    return Run(batch, {site: editor.acts[site] for site in reads}, out)
+
+
+def _execute(
+    sides: Sides,
+    root: nn.Module,
+    side: Side,
+    batch: Batch,
+    editor: Editor,
+    logits: bool,
+    engine: Engine,
+) -> Tensor | None:
+    adapter = sides.adapter_of(side)
+    if engine == "nnsight" or sides.kind == "remote":
+        from modeldiff import tracing
+
+        model = traced(sides, side)
+        inputs = inputs_of(batch, torch.device("cpu") if sides.kind == "remote" else device_of(root))
+        acts, out = tracing.forward(
+            model, inputs, editor, sides.site_map, adapter=adapter, logits=logits,
+            remote=sides.remote,
+        )  # fmt: skip
+        editor.acts = {Site.parse(name): h for name, h in acts.items()}
+        return out
+    inputs = inputs_of(batch, device_of(root))
+    with hooked(root, sides.site_map, editor, adapter):
+        if logits:
+            return root(**inputs, use_cache=False).logits
+        with stopping(root, *_end(sides, max(editor.sites), adapter)):
+            root(**inputs, use_cache=False)
+    return None
+
+
+def _end(sides: Sides, site: Site, adapter: str) -> tuple[str, str]:
+    path, end = sides.site_map.locate(site, adapter)
+    return path, end
+
+
+def device_of(root: nn.Module) -> torch.device:
+    """Device on which a model takes its inputs."""
+    return next(root.parameters()).device
+
+
+def traced(sides: Sides, side: Side) -> Any:
+    """Return nnsight's wrapper of a side, made once."""
+    from modeldiff import tracing
+
+    key = "both" if sides.kind == "adapter" else side
+    if key not in sides.traced:
+        sides.traced[key] = tracing.wrap(sides.root(side), sides.tokenizer, sides.site_map)
+    return sides.traced[key]
+
+
+def sources(
+    sides: Sides, texts: tuple[Text, ...], plan: Plan, side: Side, engine: Engine = "hooks"
+) -> dict[tuple[str, Site], Tensor]:
+    """Run the sides that `Replace` edits copy from, on the same tokens.
+
+    Raises:
+        InterventionError: If an edit would copy a side from itself.
+    """
+    wanted: dict[Side, set[Site]] = {}
+    for edit in plan.edits:
+        if isinstance(edit, Replace) and isinstance(edit.source, str):
+            if edit.source == side:
+                raise InterventionError(
+                    f"{edit.describe()!r} on side {side!r} copies a side from itself: nothing "
+                    "would change. Name the other side as source."
+                )
+            wanted.setdefault(edit.source, set()).update(edit.sites(sides.shape(edit.source)))
+    found = {}
+    for source, sites in wanted.items():
+        reads = tuple(sorted(sites))
+        got = run(sides, texts, side=source, reads=reads, logits=False, engine=engine)
+        found.update({(source, site): got.acts[site] for site in reads})
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class PairRun:
+    """What both sides computed on one batch, padded on the right.
+
+    Args:
+        batch: Texts, ids and padding.
+        base: Activations ``[row, token, width]`` of the base, by site.
+        finetuned: The same of the fine-tune.
+        final: Outputs of the final norm (base, finetuned), what the unembedding reads; None if
+            not asked for.
+    """
+
+    batch: Batch
+    base: dict[Site, Tensor]
+    finetuned: dict[Site, Tensor]
+    final: tuple[Tensor, Tensor] | None
+
+
+@torch.no_grad()
+def run_pair(
+    sides: Sides, batch: Batch, reads: tuple[Site, ...] = (), *, final: bool = False
+) -> PairRun:
+    """Run both sides without edits; layers below the first adapted one run once.
+
+    Stops after the last site that is needed and never runs the unembedding. ``lora`` sites exist
+    on the fine-tuned side alone.
+
+    Raises:
+        SiteError: If a site does not exist.
+    """
+    check_sites(reads, sides.shape("base").n_layers)
+    if not reads and not final:
+        raise SiteError("run_pair: neither sites nor the final norm were asked for.")
+    inputs = inputs_of(batch, device_of(sides.roots[0]))
+    plain = tuple(site for site in reads if site.kind != "lora")
+    if sides.kind == "two" or sides.first_changed == 0:
+        base, last_base, _ = _pass(sides, "base", inputs, batch, plain, final, ())
+        tuned, last_tuned, _ = _pass(sides, "finetuned", inputs, batch, reads, final, ())
+    else:
+        base, last_base, calls = _pass(
+            sides, "base", inputs, batch, plain, final, _branch(sides, reads, final)
+        )
+        tuned, last_tuned = _branched(sides, batch, reads, final, calls)
+        tuned = {site: tuned.get(site, base.get(site)) for site in reads}
+    outputs = None if last_base is None or last_tuned is None else (last_base, last_tuned)
+    return PairRun(batch, base, tuned, outputs)  # pyright: ignore[reportArgumentType]
+
+
+def _branch(sides: Sides, reads: tuple[Site, ...], final: bool) -> tuple[str, ...]:
+    last = sides.shape("base").n_layers - 1 if final else max(reads).layer
+    return tuple(sides.site_map.layer(i) for i in range(sides.first_changed, last + 1))
+
+
+def _pass(
+    sides: Sides,
+    side: Side,
+    inputs: dict[str, Tensor],
+    batch: Batch,
+    reads: tuple[Site, ...],
+    final: bool,
+    branch: tuple[str, ...],
+) -> tuple[dict[Site, Tensor], Tensor | None, dict[str, Any]]:
+    adapter = sides.adapter_of(side)
+    editor = Editor(batch, (Group((0, len(batch.texts)), Plan(), sides.shape(side)),), reads)
+    if final:
+        stop = sides.site_map.norm, "output"
+    elif branch:
+        stop = branch[-1], "output"
+    else:
+        stop = _end(sides, max(reads), adapter)
+    with sides.on(side) as root, hooked(root, sides.site_map, editor, adapter):
+        with recorded(root, list(branch)) as calls, outputs_of(root, sides.site_map.norm) as kept:
+            with stopping(root, *stop):
+                root(**inputs, use_cache=False)
+    return editor.acts, kept[0] if final else None, calls
+
+
+def _branched(
+    sides: Sides,
+    batch: Batch,
+    reads: tuple[Site, ...],
+    final: bool,
+    calls: dict[str, tuple[Any, Any]],
+) -> tuple[dict[Site, Tensor], Tensor | None]:
+    """Continue the fine-tuned side from the first adapted layer."""
+    if not calls:
+        return {}, None
+    above = tuple(site for site in reads if site.layer >= sides.first_changed)
+    shape = sides.shape("finetuned")
+    editor = Editor(batch, (Group((0, len(batch.texts)), Plan(), shape),), above)
+    with sides.on("finetuned") as root:
+        with hooked(root, sides.site_map, editor, sides.adapter):
+            h = replay(root, calls, hidden_argument(next(iter(calls.values()))))
+        last = module_at(root, sides.site_map.norm)(h) if final else None
+    return editor.acts, last

@@ -1,0 +1,391 @@
+"""Generating a grid of {base, fine-tuned} x {none, edits}, side by side, with shared noise."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from threading import Event
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from modeldiff._progress import Progress, check, reporter
+from modeldiff.editing import Editor, Group
+from modeldiff.errors import Cancelled, InterventionError, MaskError
+from modeldiff.forward import Engine, as_texts, device_of, inputs_of, sources, traced
+from modeldiff.hooks import hooked
+from modeldiff.interventions import Edit, Plan, Replace, Side, as_plan
+from modeldiff.loading import SIDES, Sides
+from modeldiff.masks import parse_mask
+from modeldiff.sampling import Sampler, Stopper, noise
+from modeldiff.tokens import Batch, Text, make_batch, padding_id
+
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One column of the grid: a side and what is done to it.
+
+    Args:
+        side: "base" or "finetuned".
+        name: Name of the edit; "none" without one.
+        plan: The edit.
+    """
+
+    side: Side
+    name: str = "none"
+    plan: Plan = Plan()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer.
+
+    Args:
+        prompt: Index of the prompt.
+        sample: Index of the sample.
+        side: "base" or "finetuned".
+        edit: Name of the edit.
+        ids: Generated ids; the end token, if it came, is the last.
+        text: Decoded without special tokens; the prompt is not in it.
+        finished: False if the answer was cut at ``max_new_tokens``.
+    """
+
+    prompt: int
+    sample: int
+    side: Side
+    edit: str
+    ids: tuple[int, ...]
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Generations:
+    """Answers of a grid, ordered by cell, prompt and sample.
+
+    Args:
+        prompts: What was asked, rendered.
+        answers: One for each cell, prompt and sample.
+        seed: Seed of the shared noise.
+        temperature: Sampling temperature.
+    """
+
+    prompts: tuple[Text, ...]
+    answers: tuple[Answer, ...]
+    seed: int
+    temperature: float
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def of(self, side: Side, edit: str = "none") -> tuple[Answer, ...]:
+        """Answers of one cell, ordered by prompt and sample.
+
+        Raises:
+            KeyError: If the grid has no such cell.
+        """
+        found = tuple(a for a in self.answers if (a.side, a.edit) == (side, edit))
+        if not found:
+            cells = sorted({(a.side, a.edit) for a in self.answers})
+            raise KeyError(f"no cell {(side, edit)}; the grid has {cells}")
+        return found
+
+    def table(self) -> pd.DataFrame:
+        """One row an answer: prompt, sample, side, edit, text, n_tokens, finished."""
+        return pd.DataFrame(
+            {
+                "prompt": [self.prompts[a.prompt].text for a in self.answers],
+                "prompt_index": [a.prompt for a in self.answers],
+                "sample": [a.sample for a in self.answers],
+                "side": [a.side for a in self.answers],
+                "edit": [a.edit for a in self.answers],
+                "text": [a.text for a in self.answers],
+                "n_tokens": [len(a.ids) for a in self.answers],
+                "finished": [a.finished for a in self.answers],
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """Which answer a streamed token belongs to."""
+
+    cell: int
+    prompt: int
+    sample: int
+
+
+OnStep = Callable[[list[tuple[Row, int]]], None]
+
+
+def grid(
+    do: "Edit | Plan | None | Mapping[str, Edit | Plan | None]" = None,
+    models: Sequence[Side] = SIDES,
+) -> tuple[Cell, ...]:
+    """Cells of {models} x {none, edits}, unedited ones first.
+
+    Example:
+        >>> [(cell.side, cell.name) for cell in grid()]
+        [('base', 'none'), ('finetuned', 'none')]
+    """
+    if isinstance(do, Mapping):
+        named = {name: as_plan(edit) for name, edit in do.items()}
+    else:
+        plan = as_plan(do)
+        named = {plan.describe(): plan} if len(plan) else {}
+    plans = {"none": Plan(), **named}
+    return tuple(Cell(side, name, plan) for name, plan in plans.items() for side in models)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Settings that every batch of one call shares."""
+
+    sides: Sides
+    texts: tuple[Text, ...]
+    noise_index: tuple[int, ...]
+    cells: tuple[Cell, ...]
+    n: int
+    seed: int
+    temperature: float
+    max_new_tokens: int
+    on_step: OnStep | None
+    cancel: Event | None
+    engine: Engine
+
+
+def generate(
+    sides: Sides,
+    prompts: Sequence[Any],
+    *,
+    do: "Edit | Plan | None | Mapping[str, Edit | Plan | None]" = None,
+    models: Sequence[Side] = SIDES,
+    cells: Sequence[Cell] | None = None,
+    n: int = 1,
+    seed: int = 0,
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    max_rows: int = 256,
+    on_step: OnStep | None = None,
+    cancel: Event | None = None,
+    progress: Progress = False,
+    engine: Engine = "hooks",
+) -> Generations:
+    """Generate answers of every cell to every prompt.
+
+    Rows of different cells run in the same batch; on an adapter pair rows of the base too, with
+    the adapter silenced exactly on them. Sampling uses common random numbers: a prompt's sample
+    has the same noise in every cell, and does not depend on the batch.
+
+    Args:
+        sides: The pair.
+        prompts: Texts or chats; chats are rendered ready for the answer.
+        do: An edit, or named edits; each gives cells beside the unedited ones.
+        models: Which sides.
+        cells: The cells themselves, instead of ``do`` and ``models``.
+        n: Samples a prompt.
+        seed: Seed of the noise.
+        temperature: 0 is greedy.
+        max_new_tokens: Where answers are cut.
+        max_rows: Rows of a batch.
+        on_step: Called after each token with the rows that got one.
+        cancel: Event that stops at the next token.
+        progress: Where to report, batch by batch.
+        engine: "hooks", or "nnsight" for the same numbers through nnsight.
+
+    Raises:
+        InterventionError: If an edit did not fire, or cannot act during generation.
+        Cancelled: If the event is set; ``partial`` holds the finished batches' `Generations`.
+    """
+    texts = as_texts(sides, prompts, reply=True)
+    grid_cells = grid(do, models) if cells is None else tuple(cells)
+    _check(sides, texts, grid_cells, n)
+    job = _Job(
+        sides, texts, _occurrences(texts, n), grid_cells, n, seed, temperature, max_new_tokens,
+        on_step, cancel, engine,
+    )  # fmt: skip
+    report = reporter(progress, "generate")
+    done: dict[Row, Answer] = {}
+    batches = _batches(job, max_rows)
+    try:
+        for number, rows in enumerate(batches):
+            check(cancel)
+            done.update(_generate_batch(job, rows))
+            report(number + 1, len(batches), f"{len(done)} answers")
+    except Cancelled as cancelled:
+        raise Cancelled(str(cancelled), _result(job, done)) from None
+    return _result(job, done)
+
+
+def _result(job: _Job, done: dict[Row, Answer]) -> Generations:
+    rows = sorted(done, key=lambda row: (row.cell, row.prompt, row.sample))
+    return Generations(job.texts, tuple(done[r] for r in rows), job.seed, job.temperature)
+
+
+def _check(sides: Sides, texts: tuple[Text, ...], cells: tuple[Cell, ...], n: int) -> None:
+    if not texts or not cells or n < 1:
+        raise MaskError(f"nothing to generate: {len(texts)} prompts, {len(cells)} cells, n={n}.")
+    empty = [i for i, text in enumerate(texts) if text.n_tokens == 0]
+    if empty:
+        raise MaskError(f"prompts {empty} have no token; a model needs at least one to continue.")
+    for cell in cells:
+        for edit in cell.plan.edits:
+            edit.sites(sides.shape(cell.side))
+            if isinstance(edit, Replace) and parse_mask(edit.where).on_new:
+                raise InterventionError(
+                    f"{edit.describe()!r}: generated tokens have no counterpart in the other run. "
+                    "Use where='prompt'."
+                )
+
+
+def _occurrences(texts: tuple[Text, ...], n: int) -> tuple[int, ...]:
+    """Give the k-th repeat of a prompt the samples after its earlier ones."""
+    seen: dict[tuple[int, ...], int] = {}
+    offsets = []
+    for text in texts:
+        offsets.append(seen.get(text.ids, 0) * n)
+        seen[text.ids] = seen.get(text.ids, 0) + 1
+    return tuple(offsets)
+
+
+def _batches(job: _Job, max_rows: int) -> list[list[Row]]:
+    """Cut all rows into batches: prompts of like length together, rows of a cell side by side."""
+    order = sorted(range(len(job.texts)), key=lambda i: (job.texts[i].n_tokens, i))
+    found = []
+    for several in _together(job):
+        rows = [
+            Row(cell, prompt, sample)
+            for prompt in order
+            for cell in several
+            for sample in range(job.n)
+        ]
+        found += [rows[i : i + max_rows] for i in range(0, len(rows), max_rows)]
+    return [sorted(rows, key=lambda row: row.cell) for rows in found]
+
+
+def _together(job: _Job) -> list[list[int]]:
+    """Cells that can share a batch: all of an adapter pair's, each side's of two models."""
+    if job.sides.kind == "adapter":
+        return [list(range(len(job.cells)))]
+    by_side = [[i for i, c in enumerate(job.cells) if c.side == side] for side in SIDES]
+    return [cells for cells in by_side if cells]
+
+
+def _generate_batch(job: _Job, rows: list[Row]) -> dict[Row, Answer]:
+    sides = job.sides
+    batch = make_batch([job.texts[row.prompt] for row in rows], padding_id(sides.tokenizer), "left")
+    present = {job.cells[row.cell].side for row in rows}
+    side: Side = "finetuned" if "finetuned" in present else "base"
+    groups = _groups(job, batch, rows, mixed=len(present) == 2)
+    editor = Editor(batch, groups, lora=sides.lora if len(present) == 2 else ())
+    new = _decode(job, rows, batch, editor, side)
+    check(job.cancel)
+    editor.check_fired()
+    return {row: _answer(job, row, ids) for row, ids in zip(rows, new.tolist(), strict=True)}
+
+
+def _groups(job: _Job, batch: Batch, rows: list[Row], *, mixed: bool) -> tuple[Group, ...]:
+    groups, start = [], 0
+    for stop in range(1, len(rows) + 1):
+        if stop < len(rows) and rows[stop].cell == rows[start].cell:
+            continue
+        cell = job.cells[rows[start].cell]
+        others = sources(job.sides, batch.texts[start:stop], cell.plan, cell.side, job.engine)
+        width = batch.ids.shape[1]
+        groups.append(
+            Group(
+                rows=(start, stop),
+                plan=cell.plan,
+                shape=job.sides.shape(cell.side),
+                adapter_off=mixed and cell.side == "base",
+                others={key: _padded(acts, width) for key, acts in others.items()},
+            )
+        )
+        start = stop
+    return tuple(groups)
+
+
+def _padded(acts: Tensor, width: int) -> Tensor:
+    """Widen left-padded activations to a longer batch."""
+    return torch.nn.functional.pad(acts, (0, 0, width - acts.shape[1], 0))
+
+
+def _decode(job: _Job, rows: list[Row], batch: Batch, editor: Editor, side: Side) -> Tensor:
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+    uniform = torch.stack(
+        [
+            noise(
+                job.seed,
+                job.texts[row.prompt].ids,
+                job.noise_index[row.prompt] + row.sample,
+                job.max_new_tokens,
+            )
+            for row in rows
+        ]
+    )
+    streamed = _streamed(job, rows) if job.on_step else None
+    options: dict[str, Any] = {
+        "generation_config": GenerationConfig(
+            max_new_tokens=job.max_new_tokens,
+            do_sample=False,
+            eos_token_id=end_ids(job.sides),
+            pad_token_id=padding_id(job.sides.tokenizer),
+        ),
+        "logits_processor": LogitsProcessorList([Sampler(uniform, job.temperature, streamed)]),
+    }
+    if job.cancel is not None:
+        options["stopping_criteria"] = StoppingCriteriaList([Stopper(job.cancel)])
+    with torch.no_grad(), job.sides.on(side) as root:
+        ids = _execute(job, root, batch, editor, side, options)
+    return ids[:, batch.ids.shape[1] :].cpu()
+
+
+def _execute(
+    job: _Job, root: Any, batch: Batch, editor: Editor, side: Side, options: dict[str, Any]
+) -> Tensor:
+    adapter = job.sides.adapter_of(side)
+    inputs = inputs_of(batch, device_of(root))
+    del inputs["position_ids"]  # generate() derives them from the mask, step by step
+    if job.engine == "nnsight" or job.sides.kind == "remote":
+        from modeldiff import tracing
+
+        model = traced(job.sides, side)
+        return tracing.generate(
+            model, inputs, editor, job.sides.site_map, adapter=adapter,
+            remote=job.sides.remote, **options,
+        )  # fmt: skip
+    with hooked(root, job.sides.site_map, editor, adapter):
+        return root.generate(**inputs, **options)
+
+
+def _streamed(job: _Job, rows: list[Row]) -> Callable[[int, Tensor], None]:
+    ends, open_rows = set(end_ids(job.sides)), set(range(len(rows)))
+
+    def report(step: int, chosen: Tensor) -> None:
+        ids = chosen.tolist()
+        got = [(rows[i], ids[i]) for i in sorted(open_rows)]
+        open_rows.difference_update({i for i in open_rows if ids[i] in ends})
+        if job.on_step is not None:
+            job.on_step(got)
+
+    return report
+
+
+def end_ids(sides: Sides) -> list[int]:
+    """Token ids that end an answer: the generation config's and the tokenizer's."""
+    configured = getattr(sides.roots[0].generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*several, sides.tokenizer.eos_token_id] if i is not None})
+
+
+def _answer(job: _Job, row: Row, ids: list[int]) -> Answer:
+    ends = set(end_ids(job.sides))
+    stop = next((i for i, token in enumerate(ids) if token in ends), None)
+    kept = ids if stop is None else ids[: stop + 1]
+    cell = job.cells[row.cell]
+    text = job.sides.tokenizer.decode(kept, skip_special_tokens=True)
+    return Answer(
+        row.prompt, row.sample, cell.side, cell.name, tuple(kept), str(text), stop is not None
+    )

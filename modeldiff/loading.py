@@ -1,0 +1,326 @@
+"""Loading the two sides of a pair, checking that they fit, and switching between them.
+
+Three kinds: ``adapter`` (one copy of the weights, a LoRA adapter switched on and off), ``two`` (two
+full models) and ``remote`` (nothing loaded here; both sides live on a server).
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from modeldiff._files import digest
+from modeldiff.architectures import SiteMap, adapted_modules, module_at, site_map_of
+from modeldiff.errors import InactiveAdapterError, MismatchError, SiteError
+from modeldiff.hooks import first, hidden_argument, recorded
+from modeldiff.interventions import Shape, Side
+from modeldiff.sites import Site
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+PairKind = Literal["adapter", "two", "remote"]
+SIDES: tuple[Side, Side] = ("base", "finetuned")
+_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+
+
+def lock_of(root: nn.Module) -> threading.RLock:
+    """Return the one re-entrant lock of a module tree, whichever pairs share it."""
+    return _LOCKS.setdefault(root, threading.RLock())
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """Both sides of a pair, ready to run.
+
+    Args:
+        kind: See the module's docstring.
+        roots: Causal language models (base, finetuned); the same object for ``adapter``, without
+            PEFT's wrapper, so that module paths are those of the plain model.
+        tokenizer: Fast tokenizer shared by both sides.
+        site_map: Where the sites are.
+        names: What the sides were loaded from, for tables and reports.
+        peft: PEFT's wrapper, for ``adapter``.
+        adapter: Name of the adapter that is the fine-tuned side.
+        remote: nnsight's ``remote=`` for ``remote`` pairs.
+    """
+
+    kind: PairKind
+    roots: "tuple[PreTrainedModel, PreTrainedModel]"
+    tokenizer: "PreTrainedTokenizerFast"
+    site_map: SiteMap
+    names: tuple[str, str]
+    peft: "PeftModel | None" = None
+    adapter: str = ""
+    remote: bool | str = False
+    traced: dict[str, Any] = field(default_factory=dict, repr=False)
+    """nnsight's wrappers by side, made when first needed."""
+
+    @property
+    def config(self) -> Any:
+        """The base's Hugging Face configuration."""
+        return self.roots[0].config
+
+    @cached_property
+    def lora(self) -> tuple[Site, ...]:
+        """The ``lora`` sites of the active adapter."""
+        if self.kind != "adapter":
+            return ()
+        return adapted_modules(self.roots[1], self.site_map, self.adapter)
+
+    @property
+    def first_changed(self) -> int:
+        """First layer in which the sides can differ; 0 unless they share weights."""
+        return self.lora[0].layer if self.lora else 0
+
+    def shape(self, side: Side) -> Shape:
+        """What an edit must know of a side."""
+        text = self.config.get_text_config()
+        lora = self.lora if side == "finetuned" else ()
+        return Shape(text.num_hidden_layers, text.hidden_size, lora)
+
+    def root(self, side: Side) -> "PreTrainedModel":
+        """The side's causal language model."""
+        return self.roots[SIDES.index(side)]
+
+    def adapter_of(self, side: Side) -> str:
+        """Name of the side's active adapter, or nothing."""
+        return self.adapter if side == "finetuned" and self.kind == "adapter" else ""
+
+    @contextmanager
+    def on(self, side: Side) -> "Iterator[PreTrainedModel]":
+        """Hold the lock and switch to a side; its model is in eval mode inside the block.
+
+        Everything is as it was after the block, also after an exception: which adapter is on,
+        which parameters require grad, train or eval mode.
+        """
+        if side not in SIDES:
+            raise MismatchError(f"side {side!r}: it is 'base' or 'finetuned'.")
+        root = self.root(side)
+        with lock_of(root), _evaluating(root):
+            if self.peft is None:
+                yield root
+            else:
+                with _switched(self.peft, self.adapter if side == "finetuned" else None):
+                    yield root
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Content hashes of ``base`` and ``finetuned`` (adapter pairs: of the adapter)."""
+        base, finetuned = self.roots
+        config = {k: v for k, v in self.config.to_dict().items() if not k.startswith("_")}
+        found = {
+            "base": digest(_tensors_digest(base, ""), _stable(config)),
+            "tokenizer": digest(_vocabulary(self.tokenizer), self.tokenizer.chat_template or ""),
+        }
+        if self.peft is None:
+            return {**found, "finetuned": _tensors_digest(finetuned, "")}
+        settings = self.peft.peft_config[self.adapter]
+        scale = [settings.r, settings.lora_alpha, bool(settings.use_rslora)]  # pyright: ignore
+        return {**found, "finetuned": digest(_tensors_digest(finetuned, self.adapter), scale)}
+
+    def with_adapter(self, name: str) -> "Sides":
+        """Return the pair with another of its adapters as the fine-tuned side; weights shared.
+
+        Raises:
+            MismatchError: If no adapter of this name is loaded.
+        """
+        have = [] if self.peft is None else list(self.peft.peft_config)
+        if name not in have:
+            raise MismatchError(f"no adapter {name!r}; this pair has {have or 'none'}.")
+        return replace(self, adapter=name, names=(self.names[0], name), traced=self.traced)
+
+
+@contextmanager
+def _evaluating(root: nn.Module) -> Iterator[None]:
+    training = [module for module in root.modules() if module.training]
+    root.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _switched(peft: "PeftModel", adapter: str | None) -> Iterator[None]:
+    """Switch one adapter on, or all off; PEFT's own toggles also flip ``requires_grad``."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in peft.modules() if isinstance(module, BaseTunerLayer)]
+    before = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
+    flags = [(p, p.requires_grad) for name, p in peft.named_parameters() if "lora_" in name]
+    try:
+        for layer in layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for layer, disabled, active in before:
+            layer._disable_adapters = disabled
+            layer._active_adapter = active
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, dict):
+        skipped = {"transformers_version", "dtype", "torch_dtype"}
+        return {str(k): _stable(v) for k, v in value.items() if k not in skipped}
+    if isinstance(value, list | tuple):
+        return [_stable(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _tensors_digest(root: nn.Module, adapter: str) -> str:
+    """Hash every value of the base's tensors, or of one adapter's.
+
+    Each tensor is read as integers and summed with position weights modulo 2^64: any single
+    change shows, at memory speed.
+    """
+    parts = []
+    for name, tensor in sorted(root.state_dict().items()):
+        if ("lora_" in name) != bool(adapter) or (adapter and f".{adapter}." not in name):
+            continue
+        plain = name.replace(".base_layer", "").replace(f".{adapter}." if adapter else "\0", ".")
+        parts.append([plain, list(tensor.shape), str(tensor.dtype), _checksum(tensor)])
+    return digest(parts)
+
+
+def _checksum(tensor: Tensor) -> list[int]:
+    raw = tensor.detach().contiguous().flatten().view(torch.uint8)
+    raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
+    sums = []
+    for block in raw.split(1 << 20):
+        weights = torch.arange(1, 2 * len(block), 2, device=block.device)
+        sums.append(int((block * weights).sum()))
+    return sums
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    return digest(tokenizer.get_vocab())
+
+
+def check_tokenizers(first: Any, second: Any) -> list[str]:
+    """List in what two tokenizers differ; empty if ids mean the same to both."""
+    a, b = first.get_vocab(), second.get_vocab()
+    moved = [token for token in a.keys() & b.keys() if a[token] != b[token]]
+    missing = sorted(a.keys() ^ b.keys())
+    problems = []
+    if moved:
+        problems.append(f"{len(moved)} tokens have other ids, e.g. {moved[0]!r}")
+    if missing:
+        problems.append(f"{len(missing)} tokens are known to one side only, e.g. {missing[0]!r}")
+    return problems
+
+
+def check_configs(base: Any, finetuned: Any) -> list[str]:
+    """List the sizes in which two configurations differ."""
+    names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+    a, b = base.get_text_config(), finetuned.get_text_config()
+    return [
+        f"{name} is {getattr(a, name)} in the base and {getattr(b, name)} in the fine-tune"
+        for name in names
+        if getattr(a, name) != getattr(b, name)
+    ]
+
+
+def check_adapter(settings: Any) -> list[str]:
+    """List what makes a PEFT adapter unusable as a switchable side."""
+    kind = getattr(settings.peft_type, "value", settings.peft_type)
+    if kind != "LORA":
+        return [f"adapters of type {kind} cannot be switched per row; only LORA can"]
+    named = {
+        "use_dora": "DoRA rescales the base's weights",
+        "lora_bias": "lora_bias adds a bias outside A and B",
+        "modules_to_save": "modules_to_save replaces whole modules",
+        "trainable_token_indices": "trainable_token_indices replaces embeddings",
+        "target_parameters": "target_parameters adapts bare parameters",
+    }
+    return [why for name, why in named.items() if getattr(settings, name, None)]
+
+
+def raise_all(problems: list[str], what: str, advice: str) -> None:
+    """Raise one error that names every mismatch.
+
+    Raises:
+        MismatchError: If there is any.
+    """
+    if problems:
+        raise MismatchError(f"{what}: {'; '.join(problems)}. {advice}")
+
+
+def verify(sides: Sides, probe: Tensor, allow_identical: bool) -> None:
+    """Run a probe on both sides: sites are where the map says, and the sides differ.
+
+    Checks for each side that a layer's input plus what attention and MLP add is its output, that
+    every site has the expected width, and that the unembedding of the final norm gives the
+    logits.
+
+    Raises:
+        SiteError: If the map does not describe this model.
+        InactiveAdapterError: If the logits are identical and ``allow_identical`` is False.
+    """
+    outputs = []
+    for side in SIDES:
+        with sides.on(side) as root, torch.no_grad():
+            outputs.append(_probe(root, sides.site_map, probe))
+    if not allow_identical and torch.equal(*outputs):
+        what = f"adapter {sides.adapter!r}" if sides.kind == "adapter" else "the fine-tune"
+        raise InactiveAdapterError(
+            f"{what} ({sides.names[1]}) gives exactly the base's logits on a probe of "
+            f"{probe.shape[1]} tokens: it changes nothing. Was it saved before training, or under "
+            "another name? For a null pair on purpose pass allow_identical=True."
+        )
+
+
+def _probe(root: nn.Module, site_map: SiteMap, ids: Tensor) -> Tensor:
+    last = f"{site_map.layers}.{root.config.get_text_config().num_hidden_layers - 1}"  # pyright: ignore
+    outputs: dict[str, Tensor] = {}
+    watched = [last, f"{last}.{site_map.attn_write}", f"{last}.{site_map.mlp_write}", site_map.norm]
+    handles = [
+        module_at(root, path).register_forward_hook(
+            lambda module, args, output, path=path: outputs.update({path: first(output)})
+        )
+        for path in watched
+    ]
+    try:
+        with recorded(root, [last, f"{last}.{site_map.o_proj}", f"{last}.{site_map.down_proj}"]) as calls:
+            logits = root(input_ids=ids.to(next(root.parameters()).device), use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [path for path in [*watched, *calls] if path not in outputs and path not in calls]
+    if silent or len(calls) < 3:
+        raise SiteError(f"the site map names modules that never ran: {silent or 'projections'}.")
+    _check_sum(outputs, hidden_argument(calls[last]), watched)
+    head = module_at(root, site_map.unembed)(outputs[site_map.norm])
+    cap = getattr(root.config.get_text_config(), "final_logit_softcapping", None)  # pyright: ignore
+    head = torch.tanh(head / cap) * cap if cap else head
+    if not torch.allclose(head.float(), logits.float(), rtol=1e-2, atol=1e-2):
+        raise SiteError(
+            f"the logits of {type(root).__name__} are not {site_map.unembed}({site_map.norm}(...)): "
+            "this family does something else with them, which output diffs do not know."
+        )
+    return logits
+
+
+def _check_sum(outputs: dict[str, Tensor], entered: Tensor, watched: list[str]) -> None:
+    layer, attention, mlp, _ = watched
+    total = entered + outputs[attention] + outputs[mlp]
+    error = float((total.float() - outputs[layer].float()).norm() / outputs[layer].float().norm())
+    if error > 0.02:
+        raise SiteError(
+            f"input + {attention} + {mlp} differs from the output of {layer} by {error:.0%}: "
+            "attn_write and mlp_write of the site map are not what is added to the residual stream."
+        )

@@ -1,0 +1,401 @@
+"""`ModelPair`: a base model and its fine-tune, side by side."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modeldiff import activations, embedded, forward, generation
+from modeldiff._files import PathLike
+from modeldiff._progress import Progress
+from modeldiff.activations import Activations
+from modeldiff.architectures import SiteMap, site_map_of
+from modeldiff.errors import MismatchError
+from modeldiff.forward import Engine, Run
+from modeldiff.generation import Cell, Generations, OnStep
+from modeldiff.interventions import Edit, Plan, Side
+from modeldiff.loading import (
+    SIDES,
+    PairKind,
+    Sides,
+    check_adapter,
+    check_configs,
+    check_tokenizers,
+    raise_all,
+    verify,
+)
+from modeldiff.masks import Mask
+from modeldiff.sites import Site, parse_sites
+from modeldiff.tokens import Text
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+PROBE = "The quick brown fox jumps over the lazy dog."
+
+
+class ModelPair:
+    """A base model and its fine-tune, ready to be traced, compared and edited.
+
+    Make one with `load` (hub ids or paths) or `of` (models in memory). With a LoRA adapter there
+    is one copy of the weights, and the adapter is switched.
+
+    Args:
+        sides: The two sides.
+
+    Example:
+        >>> pair = ModelPair.load("organism:em-rank1")
+        >>> pair.kind
+        'adapter'
+    """
+
+    def __init__(self, sides: Sides) -> None:
+        self.sides = sides
+
+    @classmethod
+    def load(
+        cls,
+        base: PathLike,
+        finetuned: PathLike | None = None,
+        *,
+        adapter: "PathLike | Mapping[str, PathLike] | None" = None,
+        revision: str | None = None,
+        subfolder: str = "",
+        base_revision: str | None = None,
+        base_subfolder: str = "",
+        device: "str | torch.device | Mapping[str, Any] | None" = None,
+        dtype: torch.dtype | None = None,
+        site_map: SiteMap | None = None,
+        allow_identical: bool = False,
+        remote: bool | str = False,
+    ) -> "ModelPair":
+        """Load a pair by hub id or path.
+
+        Args:
+            base: The base model, or ``"organism:<name>"`` for an embedded organism's pair.
+            finetuned: A whole fine-tuned model; or:
+            adapter: A LoRA adapter on the base. A mapping loads several by name; the first is
+                the fine-tuned side, `with_adapter` gives the others.
+            revision: Revision of the fine-tune or adapter.
+            subfolder: Its folder inside the repository.
+            base_revision: Revision of the base.
+            base_subfolder: Folder of the base inside its repository.
+            device: Device, or a ``device_map`` ("auto", a mapping); default CUDA where there is
+                one.
+            dtype: Of the weights; default float32 on the CPU and the checkpoint's elsewhere.
+            site_map: For families that are not in `modeldiff.architectures.FAMILIES`.
+            allow_identical: Accept a fine-tune that changes nothing, as null pairs are.
+            remote: Run on NDIF (True) or on a server (its address); no weights are loaded here.
+
+        Raises:
+            MismatchError: If the two do not fit, or the adapter cannot be switched; names every
+                problem.
+            InactiveAdapterError: If the fine-tune changes nothing.
+            SiteError: If the family of models is not known.
+            SetupError: If no embedded organism has the name.
+        """
+        if str(base).startswith("organism:"):
+            found = embedded.find(str(base).removeprefix("organism:"))
+            base, finetuned, adapter = found.base, found.finetuned, found.adapter
+            if finetuned is None and adapter is None:
+                finetuned, allow_identical = base, True
+        if (finetuned is None) == (adapter is None):
+            raise MismatchError(
+                "a pair needs a base and one of finetuned= (a whole model) or adapter= (a LoRA "
+                f"adapter); got finetuned={finetuned!r}, adapter={adapter!r}."
+            )
+        if remote:
+            from modeldiff import remote_sides
+
+            return cls(remote_sides.load(base, finetuned, adapter, site_map, remote))
+        options = _options(device, dtype)
+        tokenizer = _tokenizer(base, base_revision, base_subfolder)
+        root = _model(base, base_revision, base_subfolder, options)
+        if adapter is None:
+            other = _tokenizer(finetuned, revision, subfolder, fallback=tokenizer)
+            tuned = _model(finetuned, revision, subfolder, options)
+            problems = [*check_tokenizers(tokenizer, other), *check_configs(root.config, tuned.config)]
+            raise_all(problems, f"{base} and {finetuned} are not a pair", "Is it the right base?")
+            names, peft, active = (str(base), str(finetuned)), None, ""
+        else:
+            several = adapter if isinstance(adapter, Mapping) else {"finetuned": adapter}
+            peft = _adapted(root, several, revision, subfolder)
+            tuned, active = root, next(iter(several))
+            names = str(base), str(several[active])
+        sides = Sides(
+            kind="two" if peft is None else "adapter",
+            roots=(root, tuned),
+            tokenizer=tokenizer,
+            site_map=site_map or site_map_of(root),
+            names=names,
+            peft=peft,
+            adapter=active,
+        )
+        return cls._verified(sides, allow_identical)
+
+    @classmethod
+    def of(
+        cls,
+        base: "PreTrainedModel | PeftModel",
+        finetuned: "PreTrainedModel | None",
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        adapter: str = "",
+        site_map: SiteMap | None = None,
+        allow_identical: bool = False,
+    ) -> "ModelPair":
+        """Pair models that are already in memory; nothing is copied.
+
+        Args:
+            base: The base model; or a ``PeftModel``, which holds both sides.
+            finetuned: The fine-tuned model; None with a ``PeftModel``.
+            tokenizer: Their tokenizer.
+            adapter: Which of the ``PeftModel``'s adapters; default the active one.
+            site_map: For families that are not known.
+            allow_identical: Accept a fine-tune that changes nothing.
+
+        Raises:
+            MismatchError: If the two do not fit, or the adapter cannot be switched.
+            InactiveAdapterError: If the fine-tune changes nothing.
+            SiteError: If the family of models is not known.
+        """
+        peft_config = getattr(base, "peft_config", None) if hasattr(base, "base_model") else None
+        if (finetuned is None) != (peft_config is not None):
+            raise MismatchError(
+                "pass of(base, finetuned, tokenizer) with two models, or of(peft_model, None, "
+                f"tokenizer); got {type(base).__name__} and {type(finetuned).__name__}."
+            )
+        if finetuned is None:
+            name = adapter or base.active_adapter  # pyright: ignore[reportAttributeAccessIssue]
+            raise_all(_adapter_problems(base, name), f"adapter {name!r}", _MERGE)
+            root = base.get_base_model()  # pyright: ignore[reportCallIssue]
+            sides = Sides("adapter", (root, root), tokenizer, site_map or site_map_of(root),
+                          (root.name_or_path or "base", name), base, name)  # fmt: skip  # pyright: ignore
+        else:
+            raise_all(check_configs(base.config, finetuned.config), "the two are not a pair", "")
+            names = base.name_or_path or "base", finetuned.name_or_path or "finetuned"  # pyright: ignore
+            sides = Sides("two", (base, finetuned), tokenizer, site_map or site_map_of(base), names)  # pyright: ignore
+        return cls._verified(sides, allow_identical)
+
+    @classmethod
+    def _verified(cls, sides: Sides, allow_identical: bool) -> "ModelPair":
+        ids = sides.tokenizer(PROBE, return_tensors="pt").input_ids
+        verify(sides, ids, allow_identical)
+        return cls(sides)
+
+    @property
+    def kind(self) -> PairKind:
+        """"adapter", "two" or "remote"."""
+        return self.sides.kind
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """The tokenizer of both sides."""
+        return self.sides.tokenizer
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.sides.shape("base").n_layers
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.sides.shape("base").d_model
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return () if self.sides.peft is None else tuple(self.sides.peft.peft_config)
+
+    @property
+    def n_parameters(self) -> tuple[int, int]:
+        """Parameters of the base, and of everything that the pair holds in memory."""
+        own = sum(p.numel() for n, p in self.sides.roots[0].named_parameters() if "lora_" not in n)
+        held = {id(p): p.numel() for root in self.sides.roots for p in root.parameters()}
+        return own, sum(held.values())
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Content hashes of base, fine-tune (or adapter) and tokenizer."""
+        return self.sides.digests
+
+    def with_adapter(self, name: str) -> "ModelPair":
+        """Return the pair of the same base with another of its adapters; weights are shared."""
+        return ModelPair(self.sides.with_adapter(name))
+
+    def texts(self, items: Sequence[Any], *, reply: bool = False) -> tuple[Text, ...]:
+        """Render texts, chats and completions; see `modeldiff.tokens.render`."""
+        return forward.as_texts(self.sides, items, reply=reply)
+
+    def capture(
+        self,
+        items: Sequence[Any],
+        at: "str | Site | Sequence[str | Site]",
+        *,
+        on: "str | Mask" = "all",
+        skip_first: int = 1,
+        dtype: torch.dtype = torch.float32,
+        max_tokens: int = 4096,
+        progress: Progress = False,
+        cancel: Event | None = None,
+    ) -> Activations:
+        """Capture both sides' activations; see `modeldiff.activations.capture`."""
+        return activations.capture(
+            self.sides, items, at, on=on, skip_first=skip_first, dtype=dtype,
+            max_tokens=max_tokens, progress=progress, cancel=cancel,
+        )  # fmt: skip
+
+    def run(
+        self,
+        items: Sequence[Any],
+        *,
+        side: Side = "finetuned",
+        do: "Edit | Plan | None" = None,
+        reads: "str | Site | Sequence[str | Site]" = (),
+        logits: bool = True,
+        grad: bool = False,
+        engine: Engine = "hooks",
+    ) -> Run:
+        """Run one side on one batch with edits; see `modeldiff.forward.run`."""
+        return forward.run(
+            self.sides, items, side=side, do=do, reads=parse_sites(reads), logits=logits,
+            grad=grad, engine=engine,
+        )  # fmt: skip
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        *,
+        do: "Edit | Plan | None | Mapping[str, Edit | Plan | None]" = None,
+        models: Sequence[Side] = SIDES,
+        cells: Sequence[Cell] | None = None,
+        n: int = 1,
+        seed: int = 0,
+        temperature: float = 1.0,
+        max_new_tokens: int = 64,
+        max_rows: int = 256,
+        on_step: OnStep | None = None,
+        cancel: Event | None = None,
+        progress: Progress = False,
+        engine: Engine = "hooks",
+    ) -> Generations:
+        """Generate {base, fine-tuned} x {none, edits}; see `modeldiff.generation.generate`."""
+        return generation.generate(
+            self.sides, [prompts] if isinstance(prompts, str) else prompts, do=do, models=models,
+            cells=cells, n=n, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens,
+            max_rows=max_rows, on_step=on_step, cancel=cancel, progress=progress, engine=engine,
+        )  # fmt: skip
+
+    @contextmanager
+    def nnsight(self, side: Side) -> Iterator[Any]:
+        """Yield nnsight's wrapper of a side, locked and switched, for traces of your own.
+
+        Inside, ``layers``, ``ln_final``, ``embed`` and ``unembed`` name the same modules in every
+        family.
+
+        Example:
+            >>> pair = ModelPair.load("organism:em-rank1")
+            >>> with pair.nnsight("base") as model:  # doctest: +SKIP
+            ...     with model.trace("hello"):
+            ...         h = model.layers[0].output.save()
+        """
+        with self.sides.on(side):
+            yield forward.traced(self.sides, side)
+
+    def __repr__(self) -> str:
+        base, tuned = self.sides.names
+        return f"ModelPair({self.kind}: {base} | {tuned}, {self.n_layers} layers x {self.d_model})"
+
+
+_MERGE = (
+    "Merge it (model.merge_and_unload()) and load the merged model as finetuned=; the pair then "
+    "holds two copies."
+)
+
+
+def _options(device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = str(where) == "cpu"
+    return {"device_map": where, "dtype": dtype or (torch.float32 if on_cpu else "auto")}
+
+
+def _tokenizer(path: Any, revision: str | None, subfolder: str, fallback: Any = None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, subfolder=subfolder)
+    except (OSError, ValueError):
+        if fallback is None:
+            raise
+        return fallback  # fine-tunes are often published without one: the base's is meant
+
+
+def _model(path: Any, revision: str | None, subfolder: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, revision=revision, subfolder=subfolder, use_safetensors=True, **options
+    )
+    return model.eval().requires_grad_(False)
+
+
+def _adapted(
+    root: Any, adapters: Mapping[str, PathLike], revision: str | None, subfolder: str
+) -> "PeftModel":
+    """Put adapters on a model; each file must hold exactly the adapter's tensors."""
+    from peft import PeftConfig, PeftModel
+
+    place = {"revision": revision, "subfolder": subfolder or None}
+    peft = None
+    for name, path in adapters.items():
+        settings = PeftConfig.from_pretrained(str(path), **place)
+        raise_all(check_adapter(settings), f"adapter {path}", _MERGE)
+        weights = _adapter_weights(path, revision, subfolder)
+        if peft is None:
+            peft = PeftModel(root, settings, adapter_name=name)
+        else:
+            peft.add_adapter(name, settings)
+        _land(peft, name, weights, path)
+    assert peft is not None
+    return peft.eval().requires_grad_(False)
+
+
+def _adapter_weights(path: PathLike, revision: str | None, subfolder: str) -> Any:
+    from pathlib import Path
+
+    from huggingface_hub import hf_hub_download
+    from safetensors.torch import load_file
+
+    name = "adapter_model.safetensors"
+    local = Path(path) / subfolder / name
+    if not Path(path).is_dir():
+        local = Path(hf_hub_download(str(path), name, revision=revision, subfolder=subfolder or None))
+    if not local.is_file():
+        raise MismatchError(
+            f"{Path(path) / subfolder} has no {name}. Adapters are read from safetensors only, "
+            "never from pickles: load it with peft once and save it again."
+        )
+    return load_file(local)
+
+
+def _land(peft: "PeftModel", name: str, weights: dict[str, Any], path: PathLike) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    wanted = set(get_peft_model_state_dict(peft, adapter_name=name))
+    missing, foreign = sorted(wanted - set(weights)), sorted(set(weights) - wanted)
+    problems = [f"{len(keys)} tensors {what}, e.g. {keys[0]}" for keys, what in
+                ((missing, "are missing"), (foreign, "have no place in the model")) if keys]  # fmt: skip
+    raise_all(problems, f"adapter {path} does not fit the base", "Is it the right base?")
+    set_peft_model_state_dict(peft, weights, adapter_name=name)
+
+
+def _adapter_problems(peft: Any, name: str) -> list[str]:
+    if name not in peft.peft_config:
+        return [f"not loaded; the model has {list(peft.peft_config)}"]
+    merged = any(getattr(module, "merged", False) for module in peft.modules())
+    problems = check_adapter(peft.peft_config[name])
+    return [*problems, "the adapter is merged into the weights"] if merged else problems
