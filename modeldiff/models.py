@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modeldiff import activations, embedded, forward, generation
+from modeldiff import activations, embedded, forward, generation, outputs
 from modeldiff._files import PathLike
 from modeldiff._progress import Progress
 from modeldiff.activations import Activations
@@ -27,6 +27,7 @@ from modeldiff.loading import (
     verify,
 )
 from modeldiff.masks import Mask
+from modeldiff.outputs import OutputDiff
 from modeldiff.sites import Site, parse_sites
 from modeldiff.tokens import Text
 
@@ -289,6 +290,21 @@ class ModelPair:
             cells=cells, n=n, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens,
             max_rows=max_rows, on_step=on_step, cancel=cancel, progress=progress, engine=engine,
         )  # fmt: skip
+
+    def output_diff(
+        self,
+        items: "Sequence[Any] | Mapping[str, Sequence[Any]]",
+        *,
+        on: "str | Mask" = "all",
+        k: int = 10,
+        max_tokens: int = 4096,
+        progress: Progress = False,
+        cancel: Event | None = None,
+    ) -> OutputDiff:
+        """Compare both sides' predictions of some texts; see `modeldiff.outputs.output_diff`."""
+        return outputs.output_diff(
+            self.sides, items, on=on, k=k, max_tokens=max_tokens, progress=progress, cancel=cancel
+        )
 
     @contextmanager
     def nnsight(self, side: Side) -> Iterator[Any]:

@@ -1,0 +1,141 @@
+"""Comparing two distributions over the vocabulary, token by token, in float32.
+
+Everything here works on a block of tokens at a time, so that the largest thing in memory is a few
+``[block, vocab]`` tensors whatever the number of texts; `block_size` keeps them within a budget.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modeldiff._shapes import Float, Int
+from modeldiff.architectures import SiteMap, module_at
+
+Unembed = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token vocab"]]
+_TEMPORARIES = 8  # [block, vocab] tensors alive at once in `compare`
+
+
+def unembedding(root: nn.Module, site_map: SiteMap) -> Unembed:
+    """Return the function from the final norm's output to float32 logits."""
+    head = module_at(root, site_map.unembed)
+    config = root.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def unembed(h: Float[Tensor, "token d_model"]) -> Float[Tensor, "token vocab"]:
+        logits = head(h).float()
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return unembed
+
+
+def block_size(vocab: int, budget: int) -> int:
+    """Tokens in a block so that its temporaries fit ``budget`` bytes; at least one."""
+    return max(1, budget // (4 * vocab * _TEMPORARIES))
+
+
+def blocks(n: int, size: int) -> Iterator[slice]:
+    """Cut ``range(n)`` into slices."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Divergences of one block of tokens; ``f`` is the fine-tune, ``b`` the base. Nats.
+
+    Args:
+        kl_fb: KL(finetuned || base).
+        kl_bf: KL(base || finetuned).
+        js: Jensen-Shannon divergence, at most ln 2.
+        entropy: Of both, (base, finetuned) in the last axis.
+        logprob: Of the token that came, the same.
+        rank: Of the token that came, 0 the most likely, the same.
+        top_ids: Most likely tokens of both, ``[token, 2, k]``.
+        top_logprobs: Their log probabilities.
+        log_ratio: log p_f - log p_b of every token of the vocabulary.
+        moved: p_f - p_b of every token of the vocabulary.
+    """
+
+    kl_fb: Float[Tensor, " token"]
+    kl_bf: Float[Tensor, " token"]
+    js: Float[Tensor, " token"]
+    entropy: Float[Tensor, "token 2"]
+    logprob: Float[Tensor, "token 2"]
+    rank: Int[Tensor, "token 2"]
+    top_ids: Int[Tensor, "token 2 k"]
+    top_logprobs: Float[Tensor, "token 2 k"]
+    log_ratio: Float[Tensor, "token vocab"]
+    moved: Float[Tensor, "token vocab"]
+
+
+def compare(
+    base: Float[Tensor, "token vocab"],
+    finetuned: Float[Tensor, "token vocab"],
+    came: Int[Tensor, " token"],
+    k: int,
+) -> Block:
+    """Compare float32 logits of both sides.
+
+    JS uses log p - log m = ln 2 - softplus(log q - log p), which stays accurate where p and q
+    nearly agree.
+
+    Args:
+        base: Logits of the base.
+        finetuned: Logits of the fine-tune.
+        came: The token that came next.
+        k: How many of the most likely tokens to keep.
+    """
+    logprobs = [base.log_softmax(-1), finetuned.log_softmax(-1)]
+    b, f = logprobs
+    pb, pf = b.exp(), f.exp()
+    ratio = f - b
+    towards_m = math.log(2) - nn.functional.softplus(-ratio)
+    js = (pf * towards_m).sum(-1)
+    towards_m = math.log(2) - nn.functional.softplus(ratio)
+    js = (js + (pb * towards_m).sum(-1)) / 2
+    observed = [one.gather(-1, came[:, None]) for one in logprobs]
+    tops = [one.topk(k, -1) for one in logprobs]
+    return Block(
+        kl_fb=(pf * ratio).sum(-1),
+        kl_bf=-(pb * ratio).sum(-1),
+        js=js,
+        entropy=torch.stack([-(pb * b).sum(-1), -(pf * f).sum(-1)], -1),
+        logprob=torch.cat(observed, -1),
+        rank=torch.stack(
+            [(one > o).sum(-1) for one, o in zip(logprobs, observed, strict=True)], -1
+        ),
+        top_ids=torch.stack([top.indices for top in tops], 1),
+        top_logprobs=torch.stack([top.values for top in tops], 1),
+        log_ratio=ratio,
+        moved=pf - pb,
+    )
+
+
+def kl_and_loss(
+    h: Float[Tensor, "token d_model"],
+    reference: Float[Tensor, "token d_model"],
+    unembed: Unembed,
+    unembed_reference: Unembed,
+    came: Int[Tensor, " token"],
+    budget: int,
+) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
+    """KL(model || reference) and the model's loss on the token that came, in nats.
+
+    Args:
+        h: Final norm's output of the model.
+        reference: The same of the reference.
+        unembed: The model's unembedding.
+        unembed_reference: The reference's.
+        came: The token that came next.
+        budget: Bytes for temporaries.
+    """
+    vocab = unembed(h[:1]).shape[-1]
+    kls, losses = [], []
+    for block in blocks(len(h), block_size(vocab, budget)):
+        p = unembed(h[block]).log_softmax(-1)
+        q = unembed_reference(reference[block]).log_softmax(-1)
+        losses.append(-p.gather(-1, came[block, None])[:, 0])
+        kls.append(torch.sub(p, q, out=q).mul_(p.exp_()).sum(-1))
+    return torch.cat(kls), torch.cat(losses)

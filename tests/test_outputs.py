@@ -1,0 +1,177 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from modeldiff import outputs
+from modeldiff.divergence import block_size, compare, kl_and_loss
+from modeldiff.models import ModelPair
+from modeldiff.outputs import TOKEN_COLUMNS, output_diff
+from modeldiff.tokens import Completion
+from tests.families import FAMILIES, build_adapter_pair, model, tokenizer
+
+TEXTS = ["the cat sat on the mat and the dog ran", "a small bird sang of rain", "why was the moon"]
+
+
+def dense(pair, texts):
+    """The straightforward computation in float64, one text at a time."""
+    rows = []
+    for index, text in enumerate(texts):
+        got = {}
+        for side in ("base", "finetuned"):
+            run = pair.run([text], side=side)
+            got[side] = run.logits[0].double().log_softmax(-1)
+        ids = run.batch.ids[0]
+        for p in range(1, len(ids)):
+            b, f = got["base"][p - 1], got["finetuned"][p - 1]
+            m = torch.logaddexp(b, f) - math.log(2)
+            y = ids[p]
+            rows.append(
+                {
+                    "text": index,
+                    "position": p,
+                    "token_id": int(y),
+                    "kl_ft_base": float((f.exp() * (f - b)).sum()),
+                    "kl_base_ft": float((b.exp() * (b - f)).sum()),
+                    "js": float((f.exp() * (f - m)).sum() + (b.exp() * (b - m)).sum()) / 2,
+                    "delta_logprob": float(f[y] - b[y]),
+                    "rank_base": int((b > b[y]).sum()),
+                    "rank_ft": int((f > f[y]).sum()),
+                    "entropy_change": float(-(f.exp() * f).sum() + (b.exp() * b).sum()),
+                    "top1_flip": bool(b.argmax() != f.argmax()),
+                    "ratio": (f - b).numpy(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_metric_equals_the_dense_computation(family_pairs, family):
+    pair = family_pairs[family]
+    found = output_diff(pair.sides, TEXTS, k=3, budget=1)  # one token a block
+    want = dense(pair, TEXTS)
+    for column in want.columns.drop("ratio"):
+        np.testing.assert_allclose(
+            found.tokens[column].to_numpy(float), want[column].to_numpy(float), rtol=2e-4, atol=2e-5
+        )
+    assert set(TOKEN_COLUMNS) <= set(found.tokens.columns)
+
+
+def test_mined_counts_equal_the_dense_counts(adapter_pair):
+    found = output_diff(adapter_pair.sides, TEXTS, k=3, budget=1)
+    ratio = np.stack(dense(adapter_pair, TEXTS)["ratio"])
+    top = np.argsort(-ratio, axis=1)[:, :3]
+    bottom = np.argsort(ratio, axis=1)[:, :3]
+    vocab = ratio.shape[1]
+    table = found.vocabulary
+    np.testing.assert_array_equal(table["n_promoted"], np.bincount(top.ravel(), minlength=vocab))
+    np.testing.assert_array_equal(table["n_demoted"], np.bincount(bottom.ravel(), minlength=vocab))
+    np.testing.assert_allclose(table["mean_log_ratio"], ratio.mean(0), atol=1e-5)
+    np.testing.assert_array_equal(
+        table["share_promoted"] * len(ratio), (ratio > 0).sum(0), err_msg="positive counts"
+    )
+
+
+def test_block_size_and_batching_do_not_matter(adapter_pair):
+    one = output_diff(adapter_pair.sides, TEXTS, budget=1, max_tokens=1)
+    all_at_once = output_diff(adapter_pair.sides, TEXTS)
+    numeric = [c for c in one.tokens.columns if one.tokens[c].dtype.kind in "fib"]
+    np.testing.assert_allclose(
+        one.tokens[numeric].to_numpy(float), all_at_once.tokens[numeric].to_numpy(float), atol=2e-5
+    )
+    pd.testing.assert_frame_equal(
+        one.vocabulary[["n_promoted", "n_demoted"]],
+        all_at_once.vocabulary[["n_promoted", "n_demoted"]],
+    )
+
+
+def test_kl_is_labelled_the_right_way_round():
+    """A bias of beta on one logit: both KLs have closed forms, and they differ."""
+    pb, beta = torch.tensor([0.7, 0.2, 0.1]), 1.5
+    base = pb.log()[None]
+    tuned = base + torch.tensor([[0.0, 0.0, beta]])
+    z = float(0.9 + 0.1 * math.exp(beta))
+    block = compare(base, tuned, torch.tensor([2]), 1)
+    p2 = 0.1 * math.exp(beta) / z
+    assert float(block.kl_fb) == pytest.approx(p2 * beta - math.log(z), rel=1e-5)
+    assert float(block.kl_bf) == pytest.approx(-0.1 * beta + math.log(z), rel=1e-5)
+    assert float(block.logprob[0, 1] - block.logprob[0, 0]) == pytest.approx(beta - math.log(z))
+
+
+def test_small_divergences_are_accurate_and_never_negative():
+    """At a mean KL of 2e-3 over a large vocabulary the float32 error stays below 5e-3."""
+    g = torch.Generator().manual_seed(0)
+    base = torch.randn(64, 50_000, generator=g) * 2
+    tuned = base + 0.06 * torch.randn(64, 50_000, generator=g)
+    block = compare(base, tuned, torch.zeros(64, dtype=torch.int64), 5)
+    b, f = base.double().log_softmax(-1), tuned.double().log_softmax(-1)
+    exact = (f.exp() * (f - b)).sum(-1)
+    assert 1e-3 < exact.mean() < 3e-3
+    assert float(((block.kl_fb - exact).abs() / exact).max()) < 5e-3
+    assert float(torch.stack([block.kl_fb, block.kl_bf, block.js]).min()) > -1e-6
+    assert float(block.js.max()) <= math.log(2)
+
+
+def test_disjoint_distributions_reach_ln2():
+    base, tuned = torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]])
+    assert float(compare(base, tuned, torch.tensor([0]), 1).js) == pytest.approx(math.log(2))
+
+
+def test_the_null_pair_reports_exactly_no_difference():
+    peft = build_adapter_pair()
+    same = ModelPair.of(model("llama"), model("llama"), tokenizer(), allow_identical=True)
+    found = output_diff(same.sides, TEXTS)
+    numeric = ["kl_ft_base", "kl_base_ft", "js", "delta_logprob", "rank_move", "entropy_change"]
+    assert (found.tokens[numeric].abs().to_numpy() == 0).all()
+    assert not found.tokens["top1_flip"].any()
+    assert found.vocabulary["n_promoted"].sum() == found.vocabulary["n_demoted"].sum() == 0
+    assert output_diff(peft.sides, TEXTS).tokens["kl_ft_base"].mean() > 0.01
+
+
+def test_rows_are_at_the_predicted_token_and_masks_select_it(adapter_pair):
+    item = Completion("the cat sat on the mat", " and the dog ran")
+    (text,) = adapter_pair.texts([item])
+    found = output_diff(adapter_pair.sides, [item], on="new")
+    assert found.tokens["position"].tolist() == list(range(text.n_prompt, text.n_tokens))
+    assert found.tokens["token"].tolist() == list(text.pieces[text.n_prompt :])
+    everything = output_diff(adapter_pair.sides, [item])
+    assert everything.tokens["position"].tolist() == list(range(1, text.n_tokens))
+
+
+def test_sources_are_kept_apart_and_intervals_resample_texts(adapter_pair):
+    named = {"on-policy base": TEXTS[:2], "on-policy finetuned": TEXTS[1:]}
+    found = output_diff(adapter_pair.sides, named)
+    summary = found.summary(seed=1).set_index(["source", "metric"])
+    by_text = found.by_text()
+    assert by_text["n_tokens"].sum() == len(found.tokens)
+    for name in named:
+        part = found.tokens[found.tokens["source"] == name]
+        row = summary.loc[(name, "kl_ft_base")]
+        assert row["estimate"] == pytest.approx(part["kl_ft_base"].mean())
+        assert row["low"] <= row["estimate"] <= row["high"]
+        assert row["n_texts"] == len(named[name])
+
+
+def test_no_tensor_of_all_tokens_by_vocabulary_exists(adapter_pair, monkeypatch):
+    seen = []
+    real = outputs.compare
+    monkeypatch.setattr(
+        outputs, "compare", lambda b, f, c, k: seen.append(b.shape) or real(b, f, c, k)
+    )
+    vocab = adapter_pair.sides.config.vocab_size
+    budget = 4 * vocab * 8 * 5
+    output_diff(adapter_pair.sides, TEXTS * 5, budget=budget)
+    assert max(shape[0] for shape in seen) == block_size(vocab, budget) == 5
+
+
+def test_fast_kl_equals_the_full_comparison():
+    g = torch.Generator().manual_seed(0)
+    weight, other = torch.randn(2, 300, 16, generator=g)
+    h, reference = torch.randn(2, 20, 16, generator=g)
+    came = torch.randint(300, (20,), generator=g)
+    kl, loss = kl_and_loss(h, reference, lambda x: x @ weight.T, lambda x: x @ other.T, came, 1)
+    block = compare(reference @ other.T, h @ weight.T, came, 1)
+    torch.testing.assert_close(kl, block.kl_fb, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(-loss, block.logprob[:, 1])
