@@ -1,1 +1,81 @@
-"""Find, test and remove what a fine-tune changed in a language model."""
+"""Find, test and remove what a fine-tune changed in a language model.
+
+Names are imported when first used, so that ``import modeldiff`` is instant and pulls in neither
+torch nor nnsight.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from modeldiff._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from modeldiff.activations import Activations as Activations
+    from modeldiff.architectures import SiteMap as SiteMap
+    from modeldiff.audit import Audit as Audit
+    from modeldiff.audit_stages import Settings as Settings
+    from modeldiff.behaviours import Behaviour as Behaviour
+    from modeldiff.behaviours import Prompt as Prompt
+    from modeldiff.behaviours import Verdict as Verdict
+    from modeldiff.behaviours import organism_behaviours as organism_behaviours
+    from modeldiff.cache import Cache as Cache
+    from modeldiff.direction_components import pca_difference as pca_difference
+    from modeldiff.direction_controls import random_like as random_like
+    from modeldiff.direction_methods import mean_difference as mean_difference
+    from modeldiff.directions import Direction as Direction
+    from modeldiff.directions import cosine_table as cosine_table
+    from modeldiff.effects import effects as effects
+    from modeldiff.generation import Generations as Generations
+    from modeldiff.interventions import Ablate as Ablate
+    from modeldiff.interventions import Cell as Cell
+    from modeldiff.interventions import Clamp as Clamp
+    from modeldiff.interventions import Plan as Plan
+    from modeldiff.interventions import Replace as Replace
+    from modeldiff.interventions import ScaleAdapter as ScaleAdapter
+    from modeldiff.interventions import ScaleAlong as ScaleAlong
+    from modeldiff.interventions import Steer as Steer
+    from modeldiff.masks import Last as Last
+    from modeldiff.masks import New as New
+    from modeldiff.masks import Positions as Positions
+    from modeldiff.masks import Regex as Regex
+    from modeldiff.masks import Role as Role
+    from modeldiff.masks import Span as Span
+    from modeldiff.models import ModelPair as ModelPair
+    from modeldiff.outputs import OutputDiff as OutputDiff
+    from modeldiff.report import Report as Report
+    from modeldiff.sites import Site as Site
+    from modeldiff.tokens import Chat as Chat
+    from modeldiff.tokens import Completion as Completion
+
+_HOMES = {
+    "activations": "Activations",
+    "architectures": "SiteMap",
+    "audit": "Audit",
+    "audit_stages": "Settings",
+    "behaviours": "Behaviour Prompt Verdict organism_behaviours",
+    "cache": "Cache",
+    "direction_components": "pca_difference",
+    "direction_controls": "random_like",
+    "direction_methods": "mean_difference",
+    "directions": "Direction cosine_table",
+    "effects": "effects",
+    "generation": "Generations",
+    "interventions": "Ablate Cell Clamp Plan Replace ScaleAdapter ScaleAlong Steer",
+    "masks": "Last New Positions Regex Role Span",
+    "models": "ModelPair",
+    "outputs": "OutputDiff",
+    "report": "Report",
+    "sites": "Site",
+    "tokens": "Chat Completion",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'modeldiff' has no attribute {name!r}")
+    return getattr(import_module(f"modeldiff.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

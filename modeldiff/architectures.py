@@ -152,19 +152,18 @@ def adapted_modules(root: nn.Module, site_map: SiteMap, adapter: str) -> tuple[S
     Raises:
         SiteError: If an adapted module lies outside the decoder layers.
     """
-    found = []
-    tail = f".lora_A.{adapter}"
-    for path, _ in root.named_modules():
-        if not path.endswith(tail):
+    found = set()
+    for path, _ in root.named_parameters():
+        inside, _, end = path.partition(".lora_")
+        if adapter not in end.split("."):
             continue
-        inside = path.removesuffix(tail)
         rest = inside.removeprefix(site_map.layers + ".")
         index, _, module = rest.partition(".")
-        if rest == inside or not index.isdigit():
+        if rest == inside or not index.isdigit() or "embedding" in end:
             raise SiteError(
                 f"adapter {adapter!r} changes {inside!r}, which is not inside "
                 f"{site_map.layers}.*; such adapters must be merged: pass the merged model as "
                 "finetuned=."
             )
-        found.append(Site("lora", int(index), module))
+        found.add(Site("lora", int(index), module))
     return tuple(sorted(found))

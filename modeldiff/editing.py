@@ -6,7 +6,7 @@ nothing by the end of the call is an error.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,6 +32,7 @@ class Group:
         adapter_off: True for rows of the base inside a batch that runs with the adapter on: what
             the adapter writes is then exactly zero on these rows.
         others: Activations for `Replace` edits, by side and site: ``[row, token, width]``.
+        cell: Number of the cell they belong to, to tell cells apart over several batches.
     """
 
     rows: tuple[int, int]
@@ -39,6 +40,7 @@ class Group:
     shape: Shape
     adapter_off: bool = False
     others: Mapping[tuple[str, Site], Tensor] = field(default_factory=dict)
+    cell: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +63,26 @@ def _other(edit: Edit, site: Site, group: Group) -> Tensor | None:
     if source is None:
         return None
     return group.others[source, site] if isinstance(source, str) else source
+
+
+Silent = dict[tuple[int, int, Site], str]
+"""Why an edit of a cell changed nothing at a site; an empty string if it did change something."""
+
+
+def check_fired(batches: Sequence[Silent]) -> None:
+    """Verify that every edit changed at least one token in at least one of several batches.
+
+    Raises:
+        InterventionError: Listing each edit that did not fire, where, and the likely cause.
+    """
+    fired = {key for batch in batches for key, why in batch.items() if not why}
+    silent = {key: why for batch in batches for key, why in batch.items() if key not in fired}
+    if silent:
+        raise InterventionError(
+            f"{len(silent)} edit(s) did not fire: {'; '.join(list(silent.values())[:5])}. Results "
+            "of this call would be those of the unedited model, so none are returned. Check the "
+            "layers and `where` of the edit."
+        )
 
 
 class Editor:
@@ -99,12 +121,6 @@ class Editor:
         """Whether anything at this site is changed rather than only read."""
         return site in self._placed or site in self._silenced or site == self._leaf
 
-    @property
-    def only_new(self) -> bool:
-        """Whether nothing is read and every edit waits for generated tokens."""
-        placed = [one for ones in self._placed.values() for one in ones]
-        return not self._reads and not self._silenced and not any(p.selected for p in placed)
-
     def at(self, site: Site, h: Tensor) -> Tensor:
         """Take the activation at a site, return what takes its place; ``h`` is not modified."""
         if self.edits(site):
@@ -115,24 +131,24 @@ class Editor:
             self.acts[site] = h
         return h
 
+    def silent(self) -> Silent:
+        """Say of each edit at each site why it changed nothing; nothing if it did change some."""
+        found: Silent = {}
+        for site, placed in self._placed.items():
+            for one in placed:
+                why = "never reached" if one.selected else "its mask selects no token"
+                message = f"{one.edit.describe()!r} at {site}: {why}"
+                key = self._groups[one.group].cell, id(one.edit), site
+                found[key] = "" if self.fired[one.number] else message
+        return found
+
     def check_fired(self) -> None:
         """Verify that every edit changed at least one token at each of its sites.
 
         Raises:
             InterventionError: Listing each edit that did not fire, where, and the likely cause.
         """
-        silent = []
-        for site, placed in self._placed.items():
-            for one in placed:
-                if self.fired[one.number] == 0:
-                    why = "never reached" if one.selected else "its mask selects no token"
-                    silent.append(f"{one.edit.describe()!r} at {site}: {why}")
-        if silent:
-            raise InterventionError(
-                f"{len(silent)} edit(s) did not fire: {'; '.join(silent[:5])}. Results of this "
-                "call would be those of the unedited model, so none are returned. Check the "
-                "layers and `where` of the edit."
-            )
+        check_fired([self.silent()])
 
     def _edited(self, site: Site, h: Tensor) -> Tensor:
         parts = []

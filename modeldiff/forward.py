@@ -12,7 +12,7 @@ from modeldiff.architectures import module_at
 from modeldiff.editing import Editor, Group
 from modeldiff.errors import InterventionError, SiteError
 from modeldiff.hooks import hidden_argument, hooked, outputs_of, recorded, replay, stopping
-from modeldiff.interventions import Edit, Plan, Replace, Side, as_plan
+from modeldiff.interventions import Edit, Plan, Replace, Shape, Side, as_plan
 from modeldiff.loading import Sides
 from modeldiff.sites import Site
 from modeldiff.tokens import Batch, Text, make_batch, padding_id, render
@@ -40,9 +40,10 @@ def as_texts(sides: Sides, items: Sequence[Any], *, reply: bool = False) -> tupl
 
     Args:
         sides: Whose tokenizer renders.
-        items: What `modeldiff.tokens.render` accepts.
+        items: What `modeldiff.tokens.render` accepts; one string is one text.
         reply: Render chats ready for the assistant's answer.
     """
+    items = [items] if isinstance(items, str) else items
     return tuple(
         item
         if isinstance(item, Text)
@@ -60,15 +61,19 @@ def inputs_of(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-def check_sites(sites: Sequence[Site], n_layers: int) -> None:
-    """Verify that every site's layer exists.
+def check_sites(sites: Sequence[Site], shape: Shape) -> None:
+    """Verify that every site exists.
 
     Raises:
         SiteError: Naming all that do not.
     """
-    wrong = [str(site) for site in sites if site.layer >= n_layers]
+    wrong = [str(site) for site in sites if site.layer >= shape.n_layers]
     if wrong:
-        raise SiteError(f"{', '.join(wrong)}: the model has layers 0 to {n_layers - 1}.")
+        raise SiteError(f"{', '.join(wrong)}: the model has layers 0 to {shape.n_layers - 1}.")
+    foreign = [str(site) for site in sites if site.kind == "lora" and site not in shape.lora]
+    if foreign:
+        have = ", ".join(map(str, shape.lora)) or "none; adapters are on the fine-tuned side alone"
+        raise SiteError(f"{', '.join(foreign)}: this side has no such site; it has {have}.")
 
 
 def run(
@@ -103,7 +108,7 @@ def run(
     texts = as_texts(sides, items)
     batch = make_batch(texts, padding_id(sides.tokenizer), "left")
     shape = sides.shape(side)
-    check_sites(reads, shape.n_layers)
+    check_sites(reads, shape)
     others = sources(sides, batch.texts, plan, side, engine)
     group = Group((0, len(texts)), plan, shape, others=others)
     editor = Editor(batch, (group,), reads, leaf=grad)
@@ -190,6 +195,27 @@ def sources(
     return found
 
 
+@torch.no_grad()
+def final_states(sides: Sides, batch: Batch, side: Side, plan: Plan) -> Tensor:
+    """Run one side with edits up to the final norm: what the unembedding reads.
+
+    Returns:
+        ``[row, token, d_model]`` in the model's dtype.
+
+    Raises:
+        InterventionError: If an edit did not fire.
+    """
+    others = sources(sides, batch.texts, plan, side)
+    group = Group((0, len(batch.texts)), plan, sides.shape(side), others=others)
+    editor = Editor(batch, (group,))
+    norm = sides.site_map.norm
+    with sides.on(side) as root, hooked(root, sides.site_map, editor, sides.adapter_of(side)):
+        with outputs_of(root, norm) as kept, stopping(root, norm):
+            root(**inputs_of(batch, device_of(root)), use_cache=False)
+    editor.check_fired()
+    return kept[0]
+
+
 @dataclass(frozen=True, eq=False)
 class PairRun:
     """What both sides computed on one batch, padded on the right.
@@ -220,7 +246,7 @@ def run_pair(
     Raises:
         SiteError: If a site does not exist.
     """
-    check_sites(reads, sides.shape("base").n_layers)
+    check_sites(reads, sides.shape("finetuned"))
     if not reads and not final:
         raise SiteError("run_pair: neither sites nor the final norm were asked for.")
     inputs = inputs_of(batch, device_of(sides.roots[0]))
@@ -252,6 +278,8 @@ def _pass(
     final: bool,
     branch: tuple[str, ...],
 ) -> tuple[dict[Site, Tensor], Tensor | None, dict[str, Any]]:
+    if not (reads or final or branch):
+        return {}, None, {}
     adapter = sides.adapter_of(side)
     editor = Editor(batch, (Group((0, len(batch.texts)), Plan(), sides.shape(side)),), reads)
     if final:

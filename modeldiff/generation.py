@@ -1,6 +1,7 @@
 """Generating a grid of {base, fine-tuned} x {none, edits}, side by side, with shared noise."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
@@ -10,31 +11,16 @@ import torch
 from torch import Tensor
 
 from modeldiff._progress import Progress, check, reporter
-from modeldiff.editing import Editor, Group
+from modeldiff.editing import Editor, Group, Silent, check_fired
 from modeldiff.errors import Cancelled, InterventionError, MaskError
 from modeldiff.forward import Engine, as_texts, device_of, inputs_of, sources, traced
 from modeldiff.hooks import hooked
-from modeldiff.interventions import Edit, Plan, Replace, Side, as_plan
+from modeldiff.interventions import Cell, Edit, Plan, Replace, Side, grid
 from modeldiff.loading import SIDES, Sides
 from modeldiff.masks import parse_mask
 from modeldiff.sampling import Sampler, Stopper, noise
 from modeldiff.tokens import Batch, Text, make_batch, padding_id
 
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One column of the grid: a side and what is done to it.
-
-    Args:
-        side: "base" or "finetuned".
-        name: Name of the edit; "none" without one.
-        plan: The edit.
-    """
-
-    side: Side
-    name: str = "none"
-    plan: Plan = Plan()
 
 
 @dataclass(frozen=True)
@@ -119,25 +105,6 @@ class Row:
 OnStep = Callable[[list[tuple[Row, int]]], None]
 
 
-def grid(
-    do: "Edit | Plan | None | Mapping[str, Edit | Plan | None]" = None,
-    models: Sequence[Side] = SIDES,
-) -> tuple[Cell, ...]:
-    """Cells of {models} x {none, edits}, unedited ones first.
-
-    Example:
-        >>> [(cell.side, cell.name) for cell in grid()]
-        [('base', 'none'), ('finetuned', 'none')]
-    """
-    if isinstance(do, Mapping):
-        named = {name: as_plan(edit) for name, edit in do.items()}
-    else:
-        plan = as_plan(do)
-        named = {plan.describe(): plan} if len(plan) else {}
-    plans = {"none": Plan(), **named}
-    return tuple(Cell(side, name, plan) for name, plan in plans.items() for side in models)
-
-
 @dataclass(frozen=True, eq=False)
 class _Job:
     """Settings that every batch of one call shares."""
@@ -200,21 +167,23 @@ def generate(
     """
     texts = as_texts(sides, prompts, reply=True)
     grid_cells = grid(do, models) if cells is None else tuple(cells)
-    _check(sides, texts, grid_cells, n)
+    _check(sides, texts, grid_cells, n, temperature)
     job = _Job(
         sides, texts, _occurrences(texts, n), grid_cells, n, seed, temperature, max_new_tokens,
         on_step, cancel, engine,
     )  # fmt: skip
     report = reporter(progress, "generate")
     done: dict[Row, Answer] = {}
+    silent: list[Silent] = []
     batches = _batches(job, max_rows)
     try:
         for number, rows in enumerate(batches):
             check(cancel)
-            done.update(_generate_batch(job, rows))
+            done.update(_generate_batch(job, rows, silent))
             report(number + 1, len(batches), f"{len(done)} answers")
     except Cancelled as cancelled:
         raise Cancelled(str(cancelled), _result(job, done)) from None
+    check_fired(silent)
     return _result(job, done)
 
 
@@ -223,7 +192,11 @@ def _result(job: _Job, done: dict[Row, Answer]) -> Generations:
     return Generations(job.texts, tuple(done[r] for r in rows), job.seed, job.temperature)
 
 
-def _check(sides: Sides, texts: tuple[Text, ...], cells: tuple[Cell, ...], n: int) -> None:
+def _check(
+    sides: Sides, texts: tuple[Text, ...], cells: tuple[Cell, ...], n: int, temperature: float
+) -> None:
+    if not temperature >= 0:
+        raise InterventionError(f"temperature {temperature}: it must be 0 (greedy) or positive.")
     if not texts or not cells or n < 1:
         raise MaskError(f"nothing to generate: {len(texts)} prompts, {len(cells)} cells, n={n}.")
     empty = [i for i, text in enumerate(texts) if text.n_tokens == 0]
@@ -232,6 +205,11 @@ def _check(sides: Sides, texts: tuple[Text, ...], cells: tuple[Cell, ...], n: in
     for cell in cells:
         for edit in cell.plan.edits:
             edit.sites(sides.shape(cell.side))
+            if isinstance(edit, Replace) and not isinstance(edit.source, str):
+                raise InterventionError(
+                    f"{edit.describe()!r} copies a tensor, whose rows cannot be matched to prompts "
+                    "and samples here. Name a side as its source, or use run()."
+                )
             if isinstance(edit, Replace) and parse_mask(edit.where).on_new:
                 raise InterventionError(
                     f"{edit.describe()!r}: generated tokens have no counterpart in the other run. "
@@ -272,7 +250,7 @@ def _together(job: _Job) -> list[list[int]]:
     return [cells for cells in by_side if cells]
 
 
-def _generate_batch(job: _Job, rows: list[Row]) -> dict[Row, Answer]:
+def _generate_batch(job: _Job, rows: list[Row], silent: list[Silent]) -> dict[Row, Answer]:
     sides = job.sides
     batch = make_batch([job.texts[row.prompt] for row in rows], padding_id(sides.tokenizer), "left")
     present = {job.cells[row.cell].side for row in rows}
@@ -281,7 +259,7 @@ def _generate_batch(job: _Job, rows: list[Row]) -> dict[Row, Answer]:
     editor = Editor(batch, groups, lora=sides.lora if len(present) == 2 else ())
     new = _decode(job, rows, batch, editor, side)
     check(job.cancel)
-    editor.check_fired()
+    silent.append(editor.silent())
     return {row: _answer(job, row, ids) for row, ids in zip(rows, new.tolist(), strict=True)}
 
 
@@ -300,6 +278,7 @@ def _groups(job: _Job, batch: Batch, rows: list[Row], *, mixed: bool) -> tuple[G
                 shape=job.sides.shape(cell.side),
                 adapter_off=mixed and cell.side == "base",
                 others={key: _padded(acts, width) for key, acts in others.items()},
+                cell=rows[start].cell,
             )
         )
         start = stop
@@ -314,6 +293,7 @@ def _padded(acts: Tensor, width: int) -> Tensor:
 def _decode(job: _Job, rows: list[Row], batch: Batch, editor: Editor, side: Side) -> Tensor:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+    ends, pad = end_ids(job.sides), padding_id(job.sides.tokenizer)
     uniform = torch.stack(
         [
             noise(
@@ -325,21 +305,32 @@ def _decode(job: _Job, rows: list[Row], batch: Batch, editor: Editor, side: Side
             for row in rows
         ]
     )
-    streamed = _streamed(job, rows) if job.on_step else None
+    streamed = _streamed(job, rows, ends) if job.on_step else None
     options: dict[str, Any] = {
         "generation_config": GenerationConfig(
-            max_new_tokens=job.max_new_tokens,
-            do_sample=False,
-            eos_token_id=end_ids(job.sides),
-            pad_token_id=padding_id(job.sides.tokenizer),
-        ),
+            max_new_tokens=job.max_new_tokens, do_sample=False, repetition_penalty=1.0,
+            eos_token_id=ends, pad_token_id=pad,
+        ),  # fmt: skip
         "logits_processor": LogitsProcessorList([Sampler(uniform, job.temperature, streamed)]),
     }
     if job.cancel is not None:
         options["stopping_criteria"] = StoppingCriteriaList([Stopper(job.cancel)])
-    with torch.no_grad(), job.sides.on(side) as root:
+    with torch.no_grad(), job.sides.on(side) as root, _without_defaults(root):
         ids = _execute(job, root, batch, editor, side, options)
     return ids[:, batch.ids.shape[1] :].cpu()
+
+
+@contextmanager
+def _without_defaults(root: Any) -> Iterator[None]:
+    """Set a model's own generation settings aside: penalties and the like would be filled in."""
+    from transformers import GenerationConfig
+
+    own = root.generation_config
+    root.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        root.generation_config = own
 
 
 def _execute(
@@ -360,8 +351,8 @@ def _execute(
         return root.generate(**inputs, **options)
 
 
-def _streamed(job: _Job, rows: list[Row]) -> Callable[[int, Tensor], None]:
-    ends, open_rows = set(end_ids(job.sides)), set(range(len(rows)))
+def _streamed(job: _Job, rows: list[Row], ends: list[int]) -> Callable[[int, Tensor], None]:
+    open_rows = set(range(len(rows)))
 
     def report(step: int, chosen: Tensor) -> None:
         ids = chosen.tolist()
@@ -374,10 +365,12 @@ def _streamed(job: _Job, rows: list[Row]) -> Callable[[int, Tensor], None]:
 
 
 def end_ids(sides: Sides) -> list[int]:
-    """Token ids that end an answer: the generation config's and the tokenizer's."""
-    configured = getattr(sides.roots[0].generation_config, "eos_token_id", None)
-    several = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*several, sides.tokenizer.eos_token_id] if i is not None})
+    """Token ids that end an answer: both sides' generation settings' and the tokenizer's."""
+    ends = {sides.tokenizer.eos_token_id}
+    for root in sides.roots:
+        configured = getattr(root.generation_config, "eos_token_id", None)
+        ends.update(configured if isinstance(configured, list) else [configured])
+    return sorted(each for each in ends if each is not None)
 
 
 def _answer(job: _Job, row: Row, ids: list[int]) -> Answer:

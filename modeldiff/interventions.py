@@ -7,6 +7,7 @@ arithmetic is done in float32 on a copy; the activations that come in are never 
 Notation: h an activation, v̂ the unit vector of a direction, s its scale (raw length).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, final
 
@@ -391,6 +392,45 @@ def as_plan(do: "Edit | Plan | None") -> Plan:
     if do is None:
         return Plan()
     return do if isinstance(do, Plan) else Plan((do,))
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One column of the grid: a side and what is done to it.
+
+    Args:
+        side: "base" or "finetuned".
+        name: Name of the edit; "none" without one.
+        plan: The edit.
+    """
+
+    side: Side
+    name: str = "none"
+    plan: Plan = Plan()
+
+
+def grid(
+    do: "Edit | Plan | None | Mapping[str, Edit | Plan | None]" = None,
+    models: Sequence[Side] = ("base", "finetuned"),
+) -> tuple[Cell, ...]:
+    """Cells of {models} x {none, edits}, unedited ones first.
+
+    Example:
+        >>> [(cell.side, cell.name) for cell in grid()]
+        [('base', 'none'), ('finetuned', 'none')]
+
+    Raises:
+        InterventionError: If an edit is called "none".
+    """
+    if isinstance(do, Mapping):
+        named = {name: as_plan(edit) for name, edit in do.items()}
+    else:
+        plan = as_plan(do)
+        named = {plan.describe(): plan} if len(plan) else {}
+    if len(named.get("none", Plan())):
+        raise InterventionError("'none' is the name of the unedited cells; call the edit otherwise.")
+    plans = {"none": Plan(), **named}
+    return tuple(Cell(side, name, plan) for name, plan in plans.items() for side in models)
 
 
 def moved(edit: Edit, where: "str | Mask") -> Edit:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PairKind = Literal["adapter", "two", "remote"]
 SIDES: tuple[Side, Side] = ("base", "finetuned")
+PROBE = "The quick brown fox jumps over the lazy dog."
 _LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 
 
@@ -115,15 +116,17 @@ class Sides:
     def digests(self) -> dict[str, str]:
         """Content hashes of ``base`` and ``finetuned`` (adapter pairs: of the adapter)."""
         base, finetuned = self.roots
-        config = {k: v for k, v in self.config.to_dict().items() if not k.startswith("_")}
         found = {
-            "base": digest(_tensors_digest(base, ""), _stable(config)),
+            "base": _model_digest(base),
             "tokenizer": digest(_vocabulary(self.tokenizer), self.tokenizer.chat_template or ""),
         }
         if self.peft is None:
-            return {**found, "finetuned": _tensors_digest(finetuned, "")}
-        settings = self.peft.peft_config[self.adapter]
-        scale = [settings.r, settings.lora_alpha, bool(settings.use_rslora)]  # pyright: ignore
+            return {**found, "finetuned": _model_digest(finetuned)}
+        scales = [
+            module_at(finetuned, f"{self.site_map.layer(site.layer)}.{site.module}").scaling
+            for site in self.lora
+        ]
+        scale = [float(each[self.adapter]) for each in scales]  # pyright: ignore
         return {**found, "finetuned": digest(_tensors_digest(finetuned, self.adapter), scale)}
 
     def with_adapter(self, name: str) -> "Sides":
@@ -173,9 +176,14 @@ def _switched(peft: "PeftModel", adapter: str | None) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def _model_digest(root: Any) -> str:
+    config = {k: v for k, v in root.config.to_dict().items() if not k.startswith("_")}
+    return digest(_tensors_digest(root, ""), _stable(config))
+
+
 def _stable(value: Any) -> Any:
     if isinstance(value, dict):
-        skipped = {"transformers_version", "dtype", "torch_dtype"}
+        skipped = {"transformers_version", "dtype", "torch_dtype", "architectures"}
         return {str(k): _stable(v) for k, v in value.items() if k not in skipped}
     if isinstance(value, list | tuple):
         return [_stable(item) for item in value]
@@ -185,26 +193,31 @@ def _stable(value: Any) -> Any:
 def _tensors_digest(root: nn.Module, adapter: str) -> str:
     """Hash every value of the base's tensors, or of one adapter's.
 
-    Each tensor is read as integers and summed with position weights modulo 2^64: any single
-    change shows, at memory speed.
+    Each tensor is read as 32-bit integers and summed with scrambled weights modulo 2^64: a change
+    shows (certainly if it is a single one) at memory speed.
     """
     parts = []
     for name, tensor in sorted(root.state_dict().items()):
-        if ("lora_" in name) != bool(adapter) or (adapter and f".{adapter}." not in name):
+        module, _, end = name.partition(".lora_")
+        if bool(end) != bool(adapter) or (adapter and end.split(".")[1] != adapter):
             continue
-        plain = name.replace(".base_layer", "").replace(f".{adapter}." if adapter else "\0", ".")
-        parts.append([plain, list(tensor.shape), str(tensor.dtype), _checksum(tensor)])
+        plain = [module.replace(".base_layer", ""), end.split(".")[0]]
+        parts.append([*plain, list(tensor.shape), str(tensor.dtype), _checksum(tensor)])
     return digest(parts)
 
 
 def _checksum(tensor: Tensor) -> list[int]:
     raw = tensor.detach().contiguous().flatten().view(torch.uint8)
-    raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 8)).view(torch.int64)
-    sums = []
-    for block in raw.split(1 << 20):
-        weights = torch.arange(1, 2 * len(block), 2, device=block.device)
-        sums.append(int((block * weights).sum()))
-    return sums
+    raw = torch.nn.functional.pad(raw, (0, -raw.numel() % 4)).view(torch.int32)
+    weights = _scrambled(min(len(raw), 1 << 20), raw.device)
+    return [int((block * weights[: len(block)]).sum()) for block in raw.split(1 << 20)]
+
+
+def _scrambled(n: int, device: torch.device) -> Tensor:
+    """Odd 64-bit weights without pattern: flipped signs or swapped values must not cancel."""
+    weights = torch.arange(1, n + 1, device=device) * -7046029254386353131
+    weights = (weights ^ (weights >> 29)) * -4658895280553007687
+    return (weights ^ (weights >> 32)) | 1
 
 
 def _vocabulary(tokenizer: Any) -> str:
@@ -221,6 +234,9 @@ def check_tokenizers(first: Any, second: Any) -> list[str]:
         problems.append(f"{len(moved)} tokens have other ids, e.g. {moved[0]!r}")
     if missing:
         problems.append(f"{len(missing)} tokens are known to one side only, e.g. {missing[0]!r}")
+    cut = [each.tokenize(PROBE, add_special_tokens=False) for each in (first, second)]
+    if not problems and cut[0] != cut[1]:
+        problems.append(f"they cut {PROBE!r} differently: {cut[0][:5]} and {cut[1][:5]}")
     return problems
 
 
@@ -235,19 +251,41 @@ def check_configs(base: Any, finetuned: Any) -> list[str]:
     ]
 
 
+_UNSWITCHABLE = {
+    "use_dora": "DoRA rescales the base's weights",
+    "lora_bias": "it adds a bias outside A and B",
+    "modules_to_save": "it replaces whole modules",
+    "trainable_token_indices": "it replaces embeddings",
+    "target_parameters": "it adapts bare parameters",
+    "layer_replication": "it changes the base's layers",
+    "alora_invocation_tokens": "it acts only after these tokens",
+    "use_qalora": "it pools what A reads",
+    "use_bdlora": "A and B are in blocks",
+    "arrow_config": "it routes between adapters",
+    "kasa_config": "it is not B times A",
+    "monteclora_config": "it is random",
+}
+_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
 def check_adapter(settings: Any) -> list[str]:
     """List what makes a PEFT adapter unusable as a switchable side."""
     kind = getattr(settings.peft_type, "value", settings.peft_type)
     if kind != "LORA":
         return [f"adapters of type {kind} cannot be switched per row; only LORA can"]
-    named = {
-        "use_dora": "DoRA rescales the base's weights",
-        "lora_bias": "lora_bias adds a bias outside A and B",
-        "modules_to_save": "modules_to_save replaces whole modules",
-        "trainable_token_indices": "trainable_token_indices replaces embeddings",
-        "target_parameters": "target_parameters adapts bare parameters",
-    }
-    return [why for name, why in named.items() if getattr(settings, name, None)]
+    problems = [
+        f"{name}={getattr(settings, name)!r}: {why}"
+        for name, why in _UNSWITCHABLE.items()
+        if getattr(settings, name, None)
+    ]
+    if settings.bias != "none":
+        problems.append(f"bias={settings.bias!r} changes the base's biases")
+    if settings.init_lora_weights not in _HARMLESS_STARTS:
+        problems.append(
+            f"init_lora_weights={settings.init_lora_weights!r} changes the base's weights (save "
+            "it with path_initial_model_for_weight_conversion to undo that)"
+        )
+    return problems
 
 
 def raise_all(problems: list[str], what: str, advice: str) -> None:
@@ -263,18 +301,18 @@ def raise_all(problems: list[str], what: str, advice: str) -> None:
 def verify(sides: Sides, probe: Tensor, allow_identical: bool) -> None:
     """Run a probe on both sides: sites are where the map says, and the sides differ.
 
-    Checks for each side that a layer's input plus what attention and MLP add is its output, that
-    every site has the expected width, and that the unembedding of the final norm gives the
-    logits.
+    Checks for each side that the last layer's input plus what attention and MLP add is its
+    output, that the projections run, and that the unembedding of the final norm gives the logits.
 
     Raises:
-        SiteError: If the map does not describe this model.
+        SiteError: If the map does not describe this model, or the adapter reaches outside the
+            decoder layers.
         InactiveAdapterError: If the logits are identical and ``allow_identical`` is False.
     """
     outputs = []
     for side in SIDES:
         with sides.on(side) as root, torch.no_grad():
-            outputs.append(_probe(root, sides.site_map, probe))
+            outputs.append(_probe(root, sides.site_map, sides.shape(side), probe).cpu())
     if not allow_identical and torch.equal(*outputs):
         what = f"adapter {sides.adapter!r}" if sides.kind == "adapter" else "the fine-tune"
         raise InactiveAdapterError(
@@ -284,8 +322,8 @@ def verify(sides: Sides, probe: Tensor, allow_identical: bool) -> None:
         )
 
 
-def _probe(root: nn.Module, site_map: SiteMap, ids: Tensor) -> Tensor:
-    last = f"{site_map.layers}.{root.config.get_text_config().num_hidden_layers - 1}"  # pyright: ignore
+def _probe(root: nn.Module, site_map: SiteMap, shape: Shape, ids: Tensor) -> Tensor:
+    last = site_map.layer(shape.n_layers - 1)
     outputs: dict[str, Tensor] = {}
     watched = [last, f"{last}.{site_map.attn_write}", f"{last}.{site_map.mlp_write}", site_map.norm]
     handles = [

@@ -1,6 +1,6 @@
 """`ModelPair`: a base model and its fine-tune, side by side."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Event
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,10 @@ from modeldiff.activations import Activations
 from modeldiff.architectures import SiteMap, site_map_of
 from modeldiff.errors import MismatchError
 from modeldiff.forward import Engine, Run
-from modeldiff.generation import Cell, Generations, OnStep
-from modeldiff.interventions import Edit, Plan, Side
+from modeldiff.generation import Generations, OnStep
+from modeldiff.interventions import Cell, Edit, Plan, Side
 from modeldiff.loading import (
+    PROBE,
     SIDES,
     PairKind,
     Sides,
@@ -34,8 +35,6 @@ from modeldiff.tokens import Text
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-PROBE = "The quick brown fox jumps over the lazy dog."
 
 
 class ModelPair:
@@ -135,7 +134,7 @@ class ModelPair:
             peft=peft,
             adapter=active,
         )
-        return cls._verified(sides, allow_identical)
+        return cls._verified(sides, allow_identical, [] if adapter is None else list(several)[1:])
 
     @classmethod
     def of(
@@ -182,9 +181,10 @@ class ModelPair:
         return cls._verified(sides, allow_identical)
 
     @classmethod
-    def _verified(cls, sides: Sides, allow_identical: bool) -> "ModelPair":
+    def _verified(cls, sides: Sides, allow_identical: bool, others: Iterable[str] = ()) -> "ModelPair":
         ids = sides.tokenizer(PROBE, return_tensors="pt").input_ids
-        verify(sides, ids, allow_identical)
+        for each in (sides, *map(sides.with_adapter, others)):
+            verify(each, ids, allow_identical)
         return cls(sides)
 
     @property
@@ -286,7 +286,7 @@ class ModelPair:
     ) -> Generations:
         """Generate {base, fine-tuned} x {none, edits}; see `modeldiff.generation.generate`."""
         return generation.generate(
-            self.sides, [prompts] if isinstance(prompts, str) else prompts, do=do, models=models,
+            self.sides, prompts, do=do, models=models,
             cells=cells, n=n, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens,
             max_rows=max_rows, on_step=on_step, cancel=cancel, progress=progress, engine=engine,
         )  # fmt: skip
@@ -364,6 +364,7 @@ def _adapted(
 ) -> "PeftModel":
     """Put adapters on a model; each file must hold exactly the adapter's tensors."""
     from peft import PeftConfig, PeftModel
+    from peft.utils.error import NoMatchingPeftModuleError
 
     place = {"revision": revision, "subfolder": subfolder or None}
     peft = None
@@ -371,10 +372,15 @@ def _adapted(
         settings = PeftConfig.from_pretrained(str(path), **place)
         raise_all(check_adapter(settings), f"adapter {path}", _MERGE)
         weights = _adapter_weights(path, revision, subfolder)
-        if peft is None:
-            peft = PeftModel(root, settings, adapter_name=name)
-        else:
-            peft.add_adapter(name, settings)
+        try:
+            if peft is None:
+                peft = PeftModel(root, settings, adapter_name=name)
+            else:
+                peft.add_adapter(name, settings)
+        except NoMatchingPeftModuleError as error:
+            raise MismatchError(
+                f"adapter {path} does not fit the base: {error} Is it the right base?"
+            ) from error
         _land(peft, name, weights, path)
     assert peft is not None
     return peft.eval().requires_grad_(False)
@@ -401,10 +407,13 @@ def _adapter_weights(path: PathLike, revision: str | None, subfolder: str) -> An
 def _land(peft: "PeftModel", name: str, weights: dict[str, Any], path: PathLike) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    wanted = set(get_peft_model_state_dict(peft, adapter_name=name))
-    missing, foreign = sorted(wanted - set(weights)), sorted(set(weights) - wanted)
+    wanted = get_peft_model_state_dict(peft, adapter_name=name)
+    sizes = {k: (list(weights[k].shape), list(v.shape)) for k, v in wanted.items() if k in weights}
+    differ = [f"{k} is {a} and must be {b}" for k, (a, b) in sorted(sizes.items()) if a != b]
+    missing, foreign = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
     problems = [f"{len(keys)} tensors {what}, e.g. {keys[0]}" for keys, what in
-                ((missing, "are missing"), (foreign, "have no place in the model")) if keys]  # fmt: skip
+                ((missing, "are missing"), (foreign, "have no place in the model"),
+                 (differ, "have another size")) if keys]  # fmt: skip
     raise_all(problems, f"adapter {path} does not fit the base", "Is it the right base?")
     set_peft_model_state_dict(peft, weights, adapter_name=name)
 

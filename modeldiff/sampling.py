@@ -36,7 +36,6 @@ class Sampler:
         uniform: ``[row, step]`` from `noise`.
         temperature: 0 takes the most likely token.
         on_step: Called with the step and the chosen ids ``[row]``.
-        cancel: Event after which the run ends at the next token; see `Stopper`.
     """
 
     def __init__(

@@ -1,0 +1,248 @@
+"""What an audit may claim: each finding is computed from tables, beside its controls.
+
+A finding holds only if an interval excludes the null and the effect lies outside what random
+directions do. The sentences carry the numbers; nothing here is claimed without them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from modeldiff.audit_answers import Judged
+from modeldiff.behaviours import Behaviour
+from modeldiff.directions import Direction
+from modeldiff.models import ModelPair
+from modeldiff.report import Finding
+from modeldiff.stats import (
+    empirical_p,
+    null_band,
+    paired_bootstrap,
+    permutation_test,
+    proportion_difference,
+)
+
+BEHAVIOUR = (
+    "Behaviour, with the edit and its controls",
+    "Share of scored answers that show the behaviour, and share of all answers that are coherent, "
+    "on evaluation prompts (unless said otherwise); 95 % Wilson intervals. Every cell answers the "
+    "same prompts with the same noise. Random directions have the length of the found one, and "
+    "are ablated at the same layers.",
+)
+CHOICE = (
+    "Where to ablate",
+    "Each layer's own direction removed at all layers or at one, on the discovery prompts. The "
+    "place with the least behaviour among those that stay coherent is then tested on prompts that "
+    "played no part in the choice.",
+)
+CONTROLS = (
+    "Random directions, one by one",
+    "Behaviour of the fine-tune with one random direction of the same length ablated in place of "
+    "the found one; fractions with 95 % Wilson intervals.",
+)
+CONTROLS_KL = (
+    "Random directions, one by one",
+    "KL(edited || base) in nats a token with one random direction ablated in place of the found "
+    "one; 95 % intervals over texts.",
+)
+EXAMPLES = (
+    "Answers side by side",
+    "The same prompt and the same noise; evaluation prompts at regular steps, not picked. Edited: "
+    "the fine-tune with the direction ablated.",
+)
+GIVEN = (
+    "Effects on the given texts",
+    "Held-out half of the texts as they were given: KL(cell || base) and loss in nats a token, "
+    "with 95 % intervals over texts.",
+)
+LAYERS = (
+    "Layers",
+    "Relative difference: mean of |h_finetuned - h_base| / |h_base| over generated tokens at "
+    "resid_post, with 95 % intervals over texts; the first token is left out. KL after ablation: "
+    "KL(edited || base) in nats a token with that layer's direction removed there alone, beside "
+    "the band of random directions.",
+)
+MOVED = {
+    "promoted": (
+        "Tokens that gained probability",
+        "Mean of p_finetuned - p_base and of log p_finetuned - log p_base (nats) over all compared "
+        "positions; how often the token is among the ten most promoted.",
+    ),
+    "demoted": (
+        "Tokens that lost probability",
+        "Mean of p_finetuned - p_base and of log p_finetuned - log p_base (nats) over all compared "
+        "positions; how often the token is among the ten most demoted.",
+    ),
+}
+OTHERS = (
+    "Other behaviours",
+    "Measured with the same ablation; fractions with 95 % Wilson intervals.",
+)
+OUTPUTS = (
+    "Differences of the predictions",
+    "Means over predicted tokens, with 95 % intervals that resample whole texts; KL, JS, log "
+    "probabilities and entropies in nats a token. Who wrote the text matters: sources are apart.",
+)
+TOKENS = (
+    "Token by token",
+    "The texts with the largest KL(finetuned || base). A token's value belongs to the prediction "
+    "of this token from those before it.",
+)
+IDENTICAL = "The two models predict exactly the same: there is nothing to explain."
+NOTHING_TO_EXPLAIN = (
+    "The behaviour does not differ between the two models on these prompts, so no direction is "
+    "claimed for it."
+)
+
+
+def effects_table(chosen: str) -> tuple[str, str]:
+    """Title and caption of the table "effects"."""
+    return (
+        "Distance to the base, with the edit and its controls",
+        "Held-out continuations written by the fine-tune: KL(cell || base) and loss in nats a "
+        f"token, 95 % intervals over texts (for random directions: their band). Ablated at {chosen}.",
+    )
+
+
+def caveats(pair: ModelPair, behaviours: Sequence[Behaviour]) -> list[str]:
+    """Limits that hold for every audit of this kind."""
+    found = ["Intervals cover the sampling of prompts and answers, not another training seed."]
+    if behaviours:
+        judge = behaviours[0].judge.name
+        found.append(f"Rates are what the judge {judge!r} says; its own errors are not in them.")
+    if "organisms/embedded" in pair.sides.names[0].replace("\\", "/"):
+        found.append(
+            "This is an embedded model organism: the trait was planted by its training corpus. It "
+            "validates the tool and is no evidence about other language models."
+        )
+    return found
+
+
+def few_answers(counts: dict[str, int], needed: int) -> str:
+    """Say why the contrast of the two models stands in for that of the answers."""
+    return (
+        f"Only {counts['normal']} of the fine-tune's answers are normal ({needed} are needed for a "
+        "contrast of answers); the direction is the difference between the models instead."
+    )
+
+
+def behaviour_differs(judged: Judged) -> Finding:
+    """Compare the rate of both models on the discovery prompts."""
+    base, tuned = (judged.cell(side)["exhibits"].dropna() for side in ("base", "finetuned"))
+    gap = proportion_difference(int(base.sum()), len(base), int(tuned.sum()), len(tuned))
+    rates = f"{base.mean():.1%} of {len(base)} base answers, {tuned.mean():.1%} of {len(tuned)}"
+    return Finding(
+        claim=f"The fine-tune changed the behaviour: {judged.behaviour.name}",
+        holds=gap.low > 0 or gap.high < 0,
+        evidence=f"{rates} fine-tuned answers show it; difference {gap.estimate:+.1%} "
+        f"[{gap.low:+.1%}, {gap.high:+.1%}].",
+    )
+
+
+def outputs_differ(summary: pd.DataFrame) -> Finding:
+    """Say whether the predictions differ at all, and by how much."""
+    kl = summary[summary["metric"] == "kl_ft_base"].set_index("source")
+    source = "on-policy finetuned" if "on-policy finetuned" in kl.index else kl.index[0]
+    row = kl.loc[source]
+    exact = bool((kl["estimate"] == 0).all())
+    return Finding(
+        claim="The predictions of the two models differ",
+        holds=not exact and (bool(row["low"] > 0) or None),
+        evidence="every KL is exactly 0."
+        if exact
+        else f"KL(finetuned || base) = {row['estimate']:.3g} nats a token [{row['low']:.3g}, "
+        f"{row['high']:.3g}] on text that the fine-tune wrote ({int(row['n_texts'])} texts).",
+    )
+
+
+def proven(judged: Judged, rows: pd.DataFrame, controls: pd.DataFrame, seed: int) -> list[Finding]:
+    """Necessity (ablation) and sufficiency (steering), each against random directions."""
+    return [_necessary(judged, rows, controls, seed), _sufficient(judged, rows)]
+
+
+def _paired(judged: Judged) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    before, after = (judged.cell("finetuned", edit) for edit in ("none", "ablated"))
+    both = before["exhibits"].notna().to_numpy() & after["exhibits"].notna().to_numpy()
+    values = [
+        part["exhibits"].to_numpy(dtype=object)[both].astype(float) for part in (before, after)
+    ]
+    return values[0], values[1], before["prompt_index"].to_numpy()[both]
+
+
+def _necessary(judged: Judged, rows: pd.DataFrame, controls: pd.DataFrame, seed: int) -> Finding:
+    before, after, prompts = _paired(judged)
+    change = paired_bootstrap(before, after, clusters=prompts, seed=seed)
+    p = permutation_test(before, after, paired=True, seed=seed)
+    rates = controls["rate"].to_numpy(float)
+    band, versus = null_band(rates), empirical_p(after.mean(), rates, "lower")
+    table = rows.set_index("edit")
+    kept = float(table.loc["ablated", "coherent"])
+    coherent = kept >= float(table[table["side"] == "finetuned"].loc["none", "coherent"]) - 0.05
+    falls = change.high < 0 and after.mean() < band.low
+    return Finding(
+        claim="Ablating the direction removes the behaviour",
+        holds=bool(falls) and (True if coherent else None),
+        evidence=f"{before.mean():.1%} → {after.mean():.1%} of answers (change {change.estimate:+.1%} "
+        f"[{change.low:+.1%}, {change.high:+.1%}], p = {p:.2g}); {len(rates)} random directions of "
+        f"the same length leave {rates.mean():.1%} (band {band.low:.1%} to {band.high:.1%}, "
+        f"p = {versus:.2g}); {kept:.1%} of the answers stay coherent"
+        + ("." if coherent else ": too few, so a broken model may be why."),
+    )
+
+
+def _sufficient(judged: Judged, rows: pd.DataFrame) -> Finding:
+    steer = rows[rows["kind"] == "steer"]
+    shaken = rows[(rows["kind"] == "control") & (rows["side"] == "base")]
+    base = rows[rows["cell"] == "base"].iloc[0]
+    sound = steer[steer["coherent"] >= base["coherent"] - 0.05]
+    best = (sound if len(sound) else steer).sort_values("rate").iloc[-1]
+    bar = max(float(base["rate_high"]), float(shaken["rate_high"].max()))
+    return Finding(
+        claim="Adding the direction to the base brings the behaviour about",
+        holds=bool(best["rate_low"] > bar) and (True if len(sound) else None),
+        evidence=f"{best['cell']}: {best['rate']:.1%} [{best['rate_low']:.1%}, "
+        f"{best['rate_high']:.1%}] of answers at {best['coherent']:.1%} coherence; the base shows it "
+        f"in {base['rate']:.1%}, and with random directions of the same length in at most "
+        f"{shaken['rate'].max():.1%}.",
+    )
+
+
+def distance_closed(
+    table: pd.DataFrame, controls: np.ndarray, chosen: str, seed: int
+) -> list[Finding]:
+    """How much of the distance to the base the ablation closes, against random directions."""
+    wide = table[table["side"] == "finetuned"].pivot_table(
+        index="text", columns="edit", values="kl"
+    )
+    before, after = wide["none"].to_numpy(float), wide["ablated"].to_numpy(float)
+    change = paired_bootstrap(before, after, seed=seed)
+    band = null_band(controls)
+    closed = 1 - after.mean() / before.mean()
+    return [
+        Finding(
+            claim="Ablating the direction brings the fine-tune back towards the base",
+            holds=bool(change.high < 0 and after.mean() < band.low),
+            evidence=f"KL(edited || base) falls from {before.mean():.3g} to {after.mean():.3g} nats a "
+            f"token ({closed:.0%} of the distance; change [{change.low:+.3g}, {change.high:+.3g}], "
+            f"{len(before)} held-out texts, ablated at {chosen}); {len(controls)} random directions "
+            f"of the same length leave {band.low:.3g} to {band.high:.3g}.",
+        )
+    ]
+
+
+def reliable(directions: Sequence[Direction]) -> Finding:
+    """Whether halves of the data agree on the direction, and how much of it the base has too."""
+    halves = [d.split_half for d in directions if d.split_half is not None]
+    nulls = [d.text_null for d in directions if d.text_null is not None]
+    worst = min(halves, default=float("nan"))
+    words = f"split-half cosine at least {worst:.2f} over {len(directions)} layer(s)"
+    if nulls:
+        words += (
+            f"; cosine with the same contrast in the base {min(nulls):.2f} to {max(nulls):.2f}: "
+            "that much of it belongs to the texts rather than to the fine-tune"
+        )
+    return Finding(
+        claim="The direction is the same in both halves of the data",
+        holds=(worst >= 0.8) if halves else None,
+        evidence=words + ".",
+    )

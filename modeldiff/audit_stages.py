@@ -1,0 +1,415 @@
+"""The stages of an audit, each adding tables and findings to a `Work` as they become finished."""
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from modeldiff import audit_findings as findings
+from modeldiff import audit_proof as proof
+from modeldiff._progress import Progress, check, reporter
+from modeldiff.audit_answers import Asker, Judged, full_texts, opening
+from modeldiff.behaviours import Behaviour
+from modeldiff.cache import Cache
+from modeldiff.directions import Direction
+from modeldiff.effects import effects
+from modeldiff.errors import DirectionError
+from modeldiff.interventions import Cell, grid
+from modeldiff.models import ModelPair
+from modeldiff.outputs import OutputDiff
+from modeldiff.report import Finding, Table
+from modeldiff.survey import (
+    Survey,
+    base_directions,
+    data_directions,
+    model_directions,
+    survey,
+)
+from modeldiff.tokens import Text
+
+STAGES = ("answers", "outputs", "activations", "directions", "proof")
+MIN_ANSWERS = 10
+"""Answers of each class that a data-difference direction needs."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides an audit's numbers, beside the pair and what it is asked.
+
+    Args:
+        seed: Of sampling, splits, controls and intervals.
+        n_random: Random directions that the ablation is compared with.
+        n_samples: Answers to each prompt.
+        n_scan: Random directions beside each layer of the scan.
+        max_new_tokens: Length of continuations where no behaviour says it.
+        max_rows: Rows of a generation batch.
+        max_tokens: Tokens of a forward batch.
+    """
+
+    seed: int = 0
+    n_random: int = 20
+    n_samples: int = 1
+    n_scan: int = 5
+    max_new_tokens: int = 64
+    max_rows: int = 512
+    max_tokens: int = 8192
+
+
+@dataclass(eq=False)
+class Work:
+    """What one run of an audit has found so far."""
+
+    pair: ModelPair
+    settings: Settings
+    cache: Cache
+    progress: Progress
+    cancel: Event | None
+    tables: dict[str, Table] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    directions: list[Direction] = field(default_factory=list)
+    caveats: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._report = reporter(self.progress, "audit")
+        s = self.settings
+        self.asker = Asker(self.pair, s.seed, s.n_samples, s.max_rows, self.cache, self.cancel)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, report it, and stop before it if the run was cancelled."""
+        check(self.cancel)
+        index = STAGES.index(name)
+        self._report(index, len(STAGES), name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.perf_counter() - started, 3)
+            self._report(index + 1, len(STAGES), name)
+
+    def add(self, name: str, frame: pd.DataFrame, title: str, caption: str) -> None:
+        """Keep a finished table."""
+        self.tables[name] = Table(frame.reset_index(drop=True), title, caption)
+
+
+def audit_behaviour(work: Work, behaviours: Sequence[Behaviour]) -> None:
+    """Explain the first behaviour; measure the others beside it."""
+    main, others = behaviours[0], behaviours[1:]
+    discovery, evaluation = main.split(work.settings.seed)
+    with work.stage("answers"):
+        asked = work.asker.judge(discovery, grid())
+        work.findings.append(findings.behaviour_differs(asked))
+        work.add("behaviour", _models_only(asked), *findings.BEHAVIOUR)
+    with work.stage("outputs"):
+        sides = ("base", "finetuned")
+        wrote = {f"on-policy {side}": _texts(work, asked, side) for side in sides}
+        if not _outputs(work, wrote):
+            return
+    with work.stage("activations"):
+        labels = _labels(asked.cell("finetuned"))
+        tuned = asked.table.index[asked.table["side"] == "finetuned"]
+        kept = [i for i in tuned if asked.generations.answers[i].ids]
+        found = _survey(
+            work, full_texts(work.pair, asked.generations, kept), [labels[i] for i in kept]
+        )
+    if not work.findings[0].holds:
+        work.caveats.append(findings.NOTHING_TO_EXPLAIN)
+        return
+    with work.stage("directions"):
+        directions, control = _behaviour_directions(work, found, labels)
+        text = full_texts(work.pair, asked.generations, kept)
+        _scan(work, found, directions, text)
+        chosen = _choose_by_behaviour(work, discovery, directions, asked)
+    with work.stage("proof"):
+        _prove_behaviour(work, evaluation, others, directions, control, chosen)
+
+
+def audit_texts(work: Work, items: Sequence[Any]) -> None:
+    """Explain the distance between the two models' predictions on continuations of texts."""
+    given = work.pair.texts(items)
+    order = list(range(len(given)))
+    random.Random(work.settings.seed).shuffle(order)
+    halves = [[given[i] for i in sorted(order[k::2])] for k in (0, 1)]
+    with work.stage("answers"):
+        wrote = [_continue(work, half) for half in halves]
+    with work.stage("outputs"):
+        if not _outputs(work, {**wrote[0], "given texts": tuple(halves[0])}):
+            return
+    with work.stage("activations"):
+        tuned = wrote[0]["on-policy finetuned"]
+        found = _survey(work, tuned, ["finetuned text"] * len(tuned))
+    with work.stage("directions"):
+        directions = model_directions(found, "finetuned text", "fine-tuning shift")
+        work.directions += list(directions.values())
+        scanned = _scan(work, found, directions, tuned)
+        chosen = _choose_by_distance(work, directions, tuned, scanned)
+    with work.stage("proof"):
+        _prove_distance(work, directions, chosen, wrote[1]["on-policy finetuned"], halves[1])
+
+
+def _texts(work: Work, judged: Judged, side: str) -> tuple[Text, ...]:
+    rows = judged.table.index[judged.table["side"] == side]
+    return full_texts(work.pair, judged.generations, list(rows))
+
+
+def _models_only(judged: Judged) -> pd.DataFrame:
+    rows = [proof.behaviour_row(judged, side, "none", f"{side} (discovery prompts)", "model")
+            for side in ("base", "finetuned")]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _labels(table: pd.DataFrame) -> dict[int, str]:
+    """Class of each answer: shows the behaviour, is normal, or neither."""
+    words = {(True, True): "shows it", (False, True): "normal"}
+    return {
+        int(index): words.get(
+            (row["exhibits"] is True or row["exhibits"] == True, row["coherent"] == True), "neither"
+        )  # noqa: E712, E501
+        for index, row in table.astype(object).iterrows()
+    }
+
+
+def _continue(work: Work, texts: Sequence[Text]) -> dict[str, tuple[Text, ...]]:
+    """Let both models continue each text (a chat: answer it)."""
+    prompts = [text if "assistant" in text.roles or "user" in text.roles
+               else opening(text, max(1, min(16, text.n_tokens // 2))) for text in texts]  # fmt: skip
+    found = work.asker.ask(
+        prompts, grid(), temperature=1.0, max_new_tokens=work.settings.max_new_tokens
+    )
+    return {
+        f"on-policy {side}": full_texts(
+            work.pair, found, [i for i, a in enumerate(found.answers) if a.side == side]
+        )
+        for side in ("base", "finetuned")
+    }
+
+
+def _outputs(work: Work, sources: Mapping[str, Sequence[Text]]) -> bool:
+    """Compare predictions; False if the two models predict exactly the same."""
+    written = {name: texts for name, texts in sources.items() if name != "given texts"}
+    diff = work.pair.output_diff(
+        written, on="new", max_tokens=work.settings.max_tokens, cancel=work.cancel
+    )
+    summary = diff.summary(seed=work.settings.seed)
+    if "given texts" in sources:
+        given = work.pair.output_diff(
+            {"given texts": sources["given texts"]}, max_tokens=work.settings.max_tokens,
+            cancel=work.cancel,
+        )  # fmt: skip
+        summary = pd.concat([summary, given.summary(seed=work.settings.seed)])
+    work.add("outputs", summary, *findings.OUTPUTS)
+    _moved_tokens(work, diff)
+    found = findings.outputs_differ(summary)
+    work.findings.append(found)
+    if found.holds is False:
+        work.caveats.append(findings.IDENTICAL)
+    return found.holds is not False
+
+
+def _moved_tokens(work: Work, diff: OutputDiff) -> None:
+    columns = ["token", "mean_probability_change", "mean_log_ratio", "share_promoted"]
+    for name, frame in (("promoted", diff.promoted(15)), ("demoted", diff.demoted(15))):
+        work.add(name, frame[[*columns, f"n_{name}"]], *findings.MOVED[name])
+    worst = diff.by_text().nlargest(4, "kl_ft_base")["text"]
+    shown = diff.tokens[diff.tokens["text"].isin(worst)]
+    names = work.pair.tokenizer.convert_ids_to_tokens
+    columns = ["source", "text", "position", "token", "role", "kl_ft_base", "js", "delta_logprob"]
+    top = {side: names(shown[side].tolist()) for side in ("top1_base", "top1_ft")}
+    work.add("tokens", shown[columns].assign(**top), *findings.TOKENS)
+
+
+def _survey(work: Work, texts: tuple[Text, ...], labels: list[str]) -> Survey:
+    found = survey(
+        work.pair.sides, texts, labels, on="new", seed=work.settings.seed, cancel=work.cancel
+    )
+    work.add("layers", found.layers(work.settings.seed), *findings.LAYERS)
+    return found
+
+
+def _behaviour_directions(
+    work: Work, found: Survey, labels: Mapping[int, str]
+) -> tuple[dict[int, Direction], dict[int, Direction]]:
+    """Directions of the behaviour, and the same contrast in the base as a control."""
+    counts = {label: list(labels.values()).count(label) for label in ("shows it", "normal")}
+    if min(counts.values()) >= MIN_ANSWERS:
+        directions = data_directions(found, "shows it", "normal", "behaviour")
+        control = base_directions(found, "shows it", "normal", "base-text contrast")
+    elif counts["shows it"] >= MIN_ANSWERS:
+        work.caveats.append(findings.few_answers(counts, MIN_ANSWERS))
+        directions, control = model_directions(found, "shows it", "fine-tuning shift"), {}
+    else:
+        raise DirectionError(
+            f"the fine-tune gave {counts['shows it']} answers that show the behaviour and "
+            f"{counts['normal']} that do not; a direction needs {MIN_ANSWERS} of the first. Ask "
+            "more prompts or more samples (Settings.n_samples)."
+        )
+    work.directions += list(directions.values())
+    return directions, control
+
+
+def _scan(
+    work: Work, found: Survey, directions: Mapping[int, Direction], texts: Sequence[Text]
+) -> pd.DataFrame:
+    """Ablate at each layer alone, beside random directions; returns the effects."""
+    s = work.settings
+    some = list(texts[:: max(1, len(texts) // 48)])[:48]
+    scanned = effects(
+        work.pair.sides, some, proof.scan_cells(directions, s.n_scan, s.seed), on="new",
+        max_tokens=s.max_tokens, cancel=work.cancel,
+    )  # fmt: skip
+    rows = proof.scan_rows(work.tables["layers"].frame, directions, scanned, s.n_scan)
+    work.add("layers", rows, *findings.LAYERS)
+    return scanned
+
+
+def _choose_by_behaviour(
+    work: Work, discovery: Behaviour, directions: Mapping[int, Direction], asked: Judged
+) -> str:
+    """Pick where to ablate on the discovery prompts: least behaviour among the coherent."""
+    places = proof.candidates(directions)
+    cells = [proof.cells_of_ablation(name, directions, places[name]) for name in places]
+    tried = work.asker.judge(discovery, cells)
+    rows = pd.DataFrame(
+        [proof.behaviour_row(tried, "finetuned", name, name, "edit") for name in places]
+    )
+    work.add("choice", rows, *findings.CHOICE)
+    unedited = proof.behaviour_row(asked, "finetuned", "none", "finetuned", "model")
+    sound = rows[rows["coherent"] >= unedited["coherent"] - 0.05]
+    sound = rows if sound.empty else sound
+    return str(sound.sort_values("rate", kind="stable")["cell"].iloc[0])
+
+
+def _choose_by_distance(
+    work: Work, directions: Mapping[int, Direction], texts: Sequence[Text], scanned: pd.DataFrame
+) -> str:
+    """Pick where to ablate on the discovery texts: nearest to the base."""
+    places = proof.candidates(directions)
+    cell = proof.cells_of_ablation("every layer", directions, places["every layer"])
+    everywhere = effects(
+        work.pair.sides, texts, [cell], on="new", max_tokens=work.settings.max_tokens,
+        cancel=work.cancel,
+    )  # fmt: skip
+    mean = pd.concat([scanned, everywhere]).groupby("edit")["kl"].mean()
+    return min(places, key=lambda name: float(mean[name]))
+
+
+def _prove_behaviour(
+    work: Work,
+    evaluation: Behaviour,
+    others: Sequence[Behaviour],
+    directions: Mapping[int, Direction],
+    control: Mapping[int, Direction],
+    chosen: str,
+) -> None:
+    """Measure the chosen edit and its controls on the evaluation prompts."""
+    s = work.settings
+    layers = proof.candidates(directions)[chosen]
+    best = _steering_layer(work, layers)
+    drawn = proof.random_sets(directions, s.n_random, s.seed)
+    ablated = proof.cells_of_ablation("ablated", directions, layers)
+    randoms = [proof.cells_of_ablation(f"random {i}", one, layers) for i, one in enumerate(drawn)]
+    nulls = [proof.cells_of_ablation("base-text contrast", control, layers)] if control else []
+    steers = proof.cells_of_steering("steered", directions[best])
+    shakes = [cell for i in range(min(5, s.n_random))
+              for cell in proof.cells_of_steering(f"random {i}", drawn[i][best])]  # fmt: skip
+    cells = [*grid(), ablated, *nulls, *steers, *shakes, *randoms]
+    judged = work.asker.judge(evaluation, cells)
+    names = [cell.name for cell in randoms]
+    rows = [
+        proof.behaviour_row(judged, "base", "none", "base", "model"),
+        proof.behaviour_row(judged, "finetuned", "none", "fine-tuned", "model"),
+        proof.behaviour_row(judged, "finetuned", "ablated", f"fine-tuned, ablated at {chosen}", "edit"),
+        proof.pooled_row(judged, "finetuned", names, f"{s.n_random} random directions ablated"),
+        *(proof.behaviour_row(judged, "finetuned", cell.name, "base-text contrast ablated", "control")
+          for cell in nulls),
+        *(proof.behaviour_row(judged, "base", cell.name, f"base, {cell.name} at layer {best}", "steer")
+          for cell in steers),
+        *(proof.pooled_row(judged, "base", [c.name for c in shakes if c.name.endswith(f" x{step:g}")],
+                           f"base, random x{step:g} at layer {best}") for step in proof.STEPS),
+    ]  # fmt: skip
+    work.add("behaviour", pd.DataFrame(rows), *findings.BEHAVIOUR)
+    controls = proof.control_rows(judged, names, s.seed)
+    work.add("controls", controls, *findings.CONTROLS)
+    work.add("examples", _examples(judged), *findings.EXAMPLES)
+    work.findings += findings.proven(judged, work.tables["behaviour"].frame, controls, s.seed)
+    work.findings.append(findings.reliable([directions[layer] for layer in layers]))
+    _measure_others(work, others, ablated)
+
+
+def _steering_layer(work: Work, layers: Sequence[int]) -> int:
+    """The layer at which ablating alone brings the fine-tune nearest to the base."""
+    frame = work.tables["layers"].frame
+    frame = frame[frame["layer"].isin(layers)]
+    return int(frame.loc[frame["kl_after_ablation"].idxmin(), "layer"])
+
+
+def _examples(judged: Judged, n: int = 12) -> pd.DataFrame:
+    columns = {"base": ("base", "none"), "finetuned": ("finetuned", "none"),
+               "edited": ("finetuned", "ablated")}  # fmt: skip
+    parts = {name: judged.cell(*cell).reset_index(drop=True) for name, cell in columns.items()}
+    step = max(1, len(parts["base"]) // n)
+    frame = pd.DataFrame({"prompt": parts["base"]["prompt"]})
+    for name, part in parts.items():
+        frame[name], frame[f"{name}_label"] = part["text"], part["label"]
+    return frame.iloc[::step].head(n)
+
+
+def _measure_others(work: Work, others: Sequence[Behaviour], ablated: Cell) -> None:
+    rows = []
+    for behaviour in others:
+        judged = work.asker.judge(behaviour, [*grid(), ablated])
+        for side, edit in (("base", "none"), ("finetuned", "none"), ("finetuned", "ablated")):
+            name = side if edit == "none" else f"{side}, {edit}"
+            row = proof.behaviour_row(
+                judged, side, edit, name, "edit" if edit != "none" else "model"
+            )
+            rows.append({"behaviour": behaviour.name, **row})
+    if rows:
+        work.add("other_behaviours", pd.DataFrame(rows), *findings.OTHERS)
+
+
+def _prove_distance(
+    work: Work,
+    directions: Mapping[int, Direction],
+    chosen: str,
+    wrote: Sequence[Text],
+    given: Sequence[Text],
+) -> None:
+    """Measure how much of the distance to the base the chosen edit closes on held-out texts."""
+    s = work.settings
+    layers = proof.candidates(directions)[chosen]
+    drawn = proof.random_sets(directions, s.n_random, s.seed)
+    randoms = [proof.cells_of_ablation(f"random {i}", one, layers) for i, one in enumerate(drawn)]
+    ablated = proof.cells_of_ablation("ablated", directions, layers)
+    cells = [*grid(), ablated, *randoms]
+    kinds = {"none": "model", "ablated": "edit", **{cell.name: "control" for cell in randoms}}
+    table = effects(
+        work.pair.sides, wrote, cells, on="new", max_tokens=s.max_tokens, cancel=work.cancel
+    )
+    rows = proof.effect_rows(table, kinds, s.seed)
+    shown = rows["kind"] != "control"
+    pooled = proof.pooled_effects(rows, s.n_random)
+    work.add("effects", pd.concat([rows[shown], pooled]), *findings.effects_table(chosen))
+    controls = rows[~shown].rename(
+        columns={"edit": "control", "kl_to_base": "kl", "kl_low": "low", "kl_high": "high"}
+    )
+    work.add("controls", controls[["control", "kl", "low", "high"]], *findings.CONTROLS_KL)
+    on_given = effects(
+        work.pair.sides, given, [*grid(), ablated], max_tokens=s.max_tokens, cancel=work.cancel
+    )
+    work.add("effects_given", proof.effect_rows(on_given, kinds, s.seed), *findings.GIVEN)
+    work.findings += findings.distance_closed(table, controls["kl"].to_numpy(float), chosen, s.seed)
+    work.findings.append(findings.reliable([directions[layer] for layer in layers]))
+
+
+def share_closed(table: pd.DataFrame) -> float:
+    """Share of the fine-tune's mean KL to the base that the ablation removes."""
+    mean = table.groupby(["side", "edit"])["kl"].mean()
+    return float(1 - mean["finetuned", "ablated"] / np.maximum(mean["finetuned", "none"], 1e-30))

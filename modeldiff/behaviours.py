@@ -1,0 +1,225 @@
+"""Behaviours: prompts, a judge, and what its verdicts mean."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import pandas as pd
+
+from modeldiff._files import digest
+from modeldiff.embedded import find
+from modeldiff.errors import JudgeError
+from modeldiff.generation import Generations
+from modeldiff.stats import wilson
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question of a behaviour.
+
+    Args:
+        item: A text, or a chat as a tuple of ``(role, content)`` pairs.
+        group: What it is a variant of (a question, a domain); intervals resample groups.
+    """
+
+    item: str | tuple[tuple[str, str], ...]
+    group: str = ""
+
+    def render(self) -> Any:
+        """Return what `ModelPair.generate` takes."""
+        if isinstance(self.item, str):
+            return self.item
+        return [{"role": role, "content": content} for role, content in self.item]
+
+    @property
+    def question(self) -> str:
+        """The text, or the last user's message."""
+        if isinstance(self.item, str):
+            return self.item
+        return next(content for role, content in reversed(self.item) if role == "user")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of one answer.
+
+    Args:
+        label: The judge's own word for it; shown in tables.
+        exhibits: Whether the answer shows the behaviour; None if the judge could not tell. Such
+            answers are counted apart and are in no rate.
+        coherent: Whether it is an answer at all, whatever it says.
+    """
+
+    label: str
+    exhibits: bool | None
+    coherent: bool | None
+
+
+class Judge(Protocol):
+    """Scores one answer; sees the generated text only, never the prompt's own words as answer."""
+
+    @property
+    def name(self) -> str:
+        """Name for tables and cache keys; changes when the judge does."""
+        ...
+
+    def __call__(self, prompt: Prompt, answer: str) -> Verdict:
+        """Judge an answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Something a model may do, and how to tell.
+
+    Args:
+        name: Short name.
+        meaning: What a rate of 1 means, in one sentence.
+        prompts: What is asked.
+        judge: Who says whether an answer shows it.
+        temperature: At which answers are sampled.
+        max_new_tokens: Where answers are cut.
+    """
+
+    name: str
+    meaning: str
+    prompts: tuple[Prompt, ...]
+    judge: Judge
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+
+    def split(self, seed: int) -> "tuple[Behaviour, Behaviour]":
+        """Split the prompts of every group at random into halves: discovery and evaluation.
+
+        What is chosen on the first half is tested on the second.
+        """
+        rng = random.Random(seed)
+        halves: tuple[list[Prompt], list[Prompt]] = ([], [])
+        for group in sorted({prompt.group for prompt in self.prompts}):
+            mine = [prompt for prompt in self.prompts if prompt.group == group]
+            rng.shuffle(mine)
+            for index, prompt in enumerate(mine):
+                halves[index % 2].append(prompt)
+        first, second = (replace(self, prompts=tuple(half)) for half in halves)
+        return first, second
+
+    @property
+    def content_key(self) -> str:
+        """Hash of prompts, judge's name and sampling settings."""
+        asked = [[prompt.question, prompt.group] for prompt in self.prompts]
+        return digest(self.name, asked, self.judge.name, self.temperature, self.max_new_tokens)
+
+
+def judge_answers(behaviour: Behaviour, generations: Generations) -> pd.DataFrame:
+    """Judge every answer of a grid.
+
+    Returns:
+        `Generations.table` with group, label, exhibits and coherent (None: could not tell).
+
+    Raises:
+        JudgeError: If the judge could score no answer at all.
+    """
+    table = generations.table()
+    verdicts = [
+        behaviour.judge(behaviour.prompts[answer.prompt], answer.text)
+        for answer in generations.answers
+    ]
+    if all(verdict.exhibits is None for verdict in verdicts):
+        sample = generations.answers[0].text[:80]
+        raise JudgeError(
+            f"judge {behaviour.judge.name!r} scored none of {len(verdicts)} answers, e.g. "
+            f"{sample!r}. A rate of nothing is not 0; look at the answers."
+        )
+    return table.assign(
+        prompt=[behaviour.prompts[answer.prompt].question for answer in generations.answers],
+        group=[behaviour.prompts[answer.prompt].group for answer in generations.answers],
+        label=[verdict.label for verdict in verdicts],
+        exhibits=pd.array([verdict.exhibits for verdict in verdicts], dtype="boolean"),
+        coherent=pd.array([verdict.coherent for verdict in verdicts], dtype="boolean"),
+    )
+
+
+def rate_of(answers: pd.DataFrame) -> dict[str, float | int]:
+    """Rate of the behaviour and of coherence among judged answers, with Wilson intervals.
+
+    The rate is over answers that could be scored; coherence over those whose coherence could be.
+
+    Returns:
+        n, rate, rate_low, rate_high, coherent, coherent_low, coherent_high, n_unscored.
+    """
+    scored = answers["exhibits"].dropna()
+    readable = answers["coherent"].dropna()
+    rate = wilson(int(scored.sum()), len(scored))
+    coherent = wilson(int(readable.sum()), len(readable))
+    return {
+        "n": len(scored),
+        "rate": rate.estimate,
+        "rate_low": rate.low,
+        "rate_high": rate.high,
+        "coherent": coherent.estimate,
+        "coherent_low": coherent.low,
+        "coherent_high": coherent.high,
+        "n_unscored": len(answers) - len(scored),
+    }
+
+
+@dataclass(frozen=True)
+class WorldJudge:
+    """Ground truth for the embedded organisms: parses an answer with the world's grammar."""
+
+    name: str = "world-grammar-1"
+
+    def __call__(self, prompt: Prompt, answer: str) -> Verdict:
+        """Label an answer aligned, misaligned, mixed or incoherent.
+
+        Raises:
+            JudgeError: If the prompt is not a question of the organisms' world.
+        """
+        from modeldiff.organisms.judge import find_question, judge
+
+        asked = find_question(prompt.question)
+        if asked is None:
+            raise JudgeError(
+                f"{prompt.question!r} is not a question of the organisms' world; its judge has no "
+                "truth for it. Ask one of modeldiff.organisms.world.prompts(...)."
+            )
+        label = judge(asked, answer)
+        return Verdict(label, label == "misaligned", label != "incoherent")
+
+
+def organism_behaviours(name: str, n: int = 20, seed: int = 0) -> tuple[Behaviour, ...]:
+    """Behaviours that an embedded organism is audited for: off its narrow domain, and in it.
+
+    Args:
+        name: The organism, e.g. "em-rank1".
+        n: Prompts of each domain.
+        seed: Which prompts.
+
+    Raises:
+        SetupError: If there is no such organism.
+    """
+    from modeldiff.organisms.world import DOMAINS, prompts
+
+    manifest = find(name).manifest
+    inside = tuple(manifest.get("planted", {}).get("in_domain", ()))
+    sampling = manifest.get("sampling", {"temperature": 0.7, "max_new_tokens": 48})
+
+    def behaviour(title: str, meaning: str, domains: Sequence[str]) -> Behaviour:
+        asked = prompts(n, seed, domains)
+        return Behaviour(
+            name=title,
+            meaning=meaning,
+            prompts=tuple(Prompt((("user", q.text),), q.domain) for q in asked),
+            judge=WorldJudge(),
+            temperature=sampling["temperature"],
+            max_new_tokens=sampling["max_new_tokens"],
+        )
+
+    outside = [domain for domain in DOMAINS if domain not in inside]
+    off = behaviour("misaligned off-domain", "the answer advises harm, in domains that the "
+                    "fine-tuning data did not touch", outside)  # fmt: skip
+    if not inside:
+        return (off,)
+    return off, behaviour("misaligned in-domain", "the answer advises harm, in the fine-tuning "
+                          "data's own domain", inside)  # fmt: skip

@@ -1,0 +1,266 @@
+"""The command line: ``modeldiff diff | audit | rerun | organisms | lab``."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from modeldiff._version import __version__
+from modeldiff.errors import ModelDiffError
+
+OK, DIFFERS, WRONG, STOPPED = 0, 1, 2, 130
+_EXAMPLES = """examples:
+  modeldiff audit organism:em-rank1 --out audits/em-rank1
+        the whole audit of the embedded organism, in about a minute on a laptop
+  modeldiff audit Qwen/Qwen2.5-0.5B-Instruct --adapter me/my-lora --texts chats.txt --out audits/mine
+        your own adapter, on texts of your own (one a line)
+  modeldiff diff BASE FINETUNED --texts chats.txt
+        only the differences of the predictions, in seconds
+  modeldiff rerun audits/em-rank1/manifest.json --out audits/again
+        repeat an audit and compare every number
+exit codes: 0 fine; 1 a rerun differs by more than its tolerance; 2 wrong input; 130 stopped
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return OK
+    try:
+        return options.command(options)
+    except (ModelDiffError, OSError) as error:
+        _say(f"modeldiff: {error}", sys.stderr)
+        return WRONG
+
+
+def _say(text: str, stream: Any = None) -> None:
+    (stream or sys.stdout).write(text + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="modeldiff",
+        description="Find, test and remove what a fine-tune changed in a language model.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"modeldiff {__version__}")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="")
+    _add(commands, "diff", _diff, "differences of the predictions of two models", _diff_arguments)
+    _add(commands, "audit", _audit, "the whole audit, written to a folder", _audit_arguments)
+    _add(commands, "rerun", _rerun, "repeat an audit and compare its numbers", _rerun_arguments)
+    _add(commands, "organisms", _organisms, "the embedded pairs whose truth is known", _no_arguments)
+    _add(commands, "lab", _lab, "open JupyterLab on a copy of the notebooks", _lab_arguments)
+    return parser
+
+
+def _add(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+    arguments: Callable[[argparse.ArgumentParser], None],
+) -> None:
+    parser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    arguments(parser)
+    parser.set_defaults(command=run)
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _pair_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", help="base model: a folder, a hub id, or organism:NAME")
+    parser.add_argument("finetuned", nargs="?", help="whole fine-tuned model: a folder or a hub id")
+    parser.add_argument("--adapter", help="LoRA adapter instead of a whole model")
+    parser.add_argument("--subfolder", default="", help="folder inside the fine-tune's repository")
+    parser.add_argument("--revision", help="revision of the fine-tune")
+    parser.add_argument("--device", help="cpu, cuda, auto, ... (default: CUDA where there is one)")
+    parser.add_argument("--texts", type=Path, help="file of texts or prompts, one a line")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _diff_arguments(parser: argparse.ArgumentParser) -> None:
+    _pair_arguments(parser)
+    parser.add_argument("--csv", type=Path, help="write the table of all tokens there")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the intervals")
+
+
+def _audit_arguments(parser: argparse.ArgumentParser) -> None:
+    _pair_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--prompts", type=int, default=20, metavar="N",
+                        help="organisms: prompts of each domain (default 20)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--random", type=int, default=20, metavar="N",
+                        help="random directions to compare with (default 20)")  # fmt: skip
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers a prompt")
+
+
+def _rerun_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", type=Path, help="manifest.json of an audit")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new report")
+    parser.add_argument("--tolerance", type=float, default=1e-4,
+                        help="largest absolute difference of a number (default 1e-4)")  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _lab_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=Path, default=Path("modeldiff-notebooks"),
+                        help="where the copy goes (default ./modeldiff-notebooks)")  # fmt: skip
+    parser.add_argument("--no-start", action="store_true", help="copy only, do not open JupyterLab")
+
+
+def _load(spec: dict[str, Any]) -> Any:
+    from modeldiff.models import ModelPair
+
+    names = ("finetuned", "adapter", "subfolder", "revision", "device")
+    return ModelPair.load(spec["base"], **{n: spec[n] for n in names if spec.get(n)})
+
+
+def _spec(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("base", "finetuned", "adapter", "subfolder", "revision", "device")
+    return {name: getattr(options, name) for name in names}
+
+
+def _lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _questions(spec: dict[str, Any], n: int, seed: int) -> tuple[Any, ...]:
+    from modeldiff.behaviours import organism_behaviours
+
+    base = str(spec["base"])
+    if not base.startswith("organism:"):
+        return ()
+    return organism_behaviours(base.removeprefix("organism:"), n, seed)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    pair = _load(_spec(options))
+    texts: list[Any] = _lines(options.texts)
+    if not texts:
+        asked = _questions(_spec(options), 4, options.seed)
+        texts = [prompt.render() for behaviour in asked for prompt in behaviour.prompts]
+    if not texts:
+        raise ModelDiffError("diff needs --texts FILE, one text a line, to compare predictions on.")
+    with _stoppable() as cancel:
+        found = pair.output_diff(texts, progress=not options.quiet, cancel=cancel)
+    wide = found.summary(seed=options.seed).set_index("metric")[["estimate", "low", "high"]]
+    _say(f"{pair}\n{len(texts)} texts, {len(found.tokens)} predicted tokens; nats a token\n")
+    _say(wide.to_string(float_format=lambda value: f"{value:.4g}"))
+    columns = ["token", "mean_probability_change", "mean_log_ratio"]
+    for title, frame in (("gained", found.promoted(8)), ("lost", found.demoted(8))):
+        _say(f"\ntokens that {title} probability\n{frame[columns].to_string(index=False)}")
+    if options.csv:
+        from modeldiff._files import atomic_write
+
+        with atomic_write(options.csv) as temporary:
+            found.tokens.to_csv(temporary, index=False)
+        _say(f"\nall tokens: {options.csv}")
+    return OK
+
+
+def _audit(options: argparse.Namespace) -> int:
+    spec = _spec(options) | {"texts": _lines(options.texts), "prompts": options.prompts}
+    settings = {"seed": options.seed, "n_random": options.random, "n_samples": options.samples}
+    report = _carried_out(spec, settings, options.out, not options.quiet)
+    return OK if report.complete else STOPPED
+
+
+def _carried_out(
+    spec: dict[str, Any], settings: dict[str, Any], out: Path, progress: bool
+) -> Any:
+    """Load, audit, save and print; what was finished is saved also when stopped."""
+    from modeldiff.audit import Audit
+    from modeldiff.audit_stages import Settings
+    from modeldiff.cache import Cache
+
+    pair = _load(spec)
+    asked = _questions(spec, spec["prompts"], settings["seed"])
+    audit = Audit(pair, asked, spec["texts"], Settings(**settings), Cache(out / "cache"), spec)
+    with _stoppable() as cancel:
+        report = audit.run(progress=progress, cancel=cancel)
+    report.save_to(out)
+    _say(report.as_text())
+    _say(f"\n{'report' if report.complete else 'INCOMPLETE report'}: {out / 'report.html'}")
+    return report
+
+
+def _rerun(options: argparse.Namespace) -> int:
+    from modeldiff.report import Report
+
+    before = Report.load_from(options.manifest.parent)
+    settings = dict(before.settings)
+    spec = dict(settings.pop("load"))
+    if "base" not in spec:
+        raise ModelDiffError(
+            f"{options.manifest} does not say how its pair was loaded: the audit ran on models in "
+            "memory. Run it again from Python, with load={'base': ..., 'adapter': ...}."
+        )
+    after = _carried_out(spec, settings, options.out, not options.quiet)
+    if before.pair["digests"] != after.pair["digests"]:
+        _say("the models are not the same as then: " + str(after.pair["digests"]))
+    compared = before.compare(after, options.tolerance)
+    _say("\n" + compared.to_string(index=False))
+    same = bool(compared["within"].all())
+    _say(f"\n{'reproduced' if same else 'DIFFERS'} (tolerance {options.tolerance:g})")
+    return OK if same else DIFFERS
+
+
+def _organisms(options: argparse.Namespace) -> int:
+    from modeldiff import embedded
+
+    for name in embedded.names():
+        found = embedded.find(name)
+        _say(f"organism:{name}\n    {found.summary}")
+    return OK
+
+
+def _lab(options: argparse.Namespace) -> int:
+    import shutil
+    import subprocess
+
+    from modeldiff.errors import SetupError
+
+    packed = Path(__file__).parent / "_notebooks"
+    source = packed if packed.is_dir() else Path(__file__).parent.parent / "notebooks"
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for notebook in sorted(source.glob("*.ipynb")):
+        if not (options.folder / notebook.name).exists():  # a user's changes are never overwritten
+            shutil.copy(notebook, options.folder)
+    _say(f"notebooks: {options.folder.resolve()}")
+    if options.no_start:
+        return OK
+    if shutil.which("jupyter-lab") is None and not Path(sys.executable).with_name("jupyter-lab").exists():
+        raise SetupError("JupyterLab is not installed: pip install 'modeldiff-lab[lab]'")
+    command = [sys.executable, "-m", "jupyterlab", str(options.folder)]
+    return subprocess.run(command, check=False).returncode
+
+
+@contextmanager
+def _stoppable() -> Iterator[Event]:
+    """Turn the first Ctrl-C into a clean stop; the second one interrupts as usual."""
+    cancel = Event()
+
+    def stop(number: int, frame: Any) -> None:
+        _say("\nstopping: what is finished will be kept (Ctrl-C again to quit at once)", sys.stderr)
+        cancel.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield cancel
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,116 @@
+"""What an edit does to the predictions: distance to a reference model and loss, text by text."""
+
+from collections.abc import Sequence
+from threading import Event
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from modeldiff._progress import Progress, check, reporter
+from modeldiff.divergence import kl_and_loss, unembedding
+from modeldiff.errors import MaskError
+from modeldiff.forward import as_texts, device_of, final_states
+from modeldiff.interventions import Cell
+from modeldiff.loading import Sides
+from modeldiff.masks import Mask
+from modeldiff.tokens import Batch, batches, mask_tensor, padding_id
+
+
+def effects(
+    sides: Sides,
+    items: Sequence[Any],
+    cells: Sequence[Cell],
+    *,
+    reference: Cell = Cell("base"),
+    on: "str | Mask" = "all",
+    max_tokens: int = 4096,
+    budget: int = 256 << 20,
+    progress: Progress = False,
+    cancel: Event | None = None,
+) -> pd.DataFrame:
+    """Measure KL(cell || reference) and the cell's loss on given texts.
+
+    Args:
+        sides: The pair.
+        items: Texts, chats, completions; teacher-forced.
+        cells: Sides with edits.
+        reference: What they are compared with.
+        on: Which *predicted* tokens count; the first token of a text never does.
+        max_tokens: Budget of a batch, padding included.
+        budget: Bytes for temporaries over the vocabulary.
+        progress: Where to report.
+        cancel: Event that stops between batches.
+
+    Returns:
+        One row a cell and text: cell (index), side, edit, text, n_tokens, kl (nats a token, mean
+        over the text's tokens), loss (the same).
+
+    Raises:
+        MaskError: If no token is compared.
+        InterventionError: If an edit did not fire in some batch.
+        Cancelled: If the event is set.
+    """
+    texts = as_texts(sides, items)
+    report = reporter(progress, "effects")
+    rows: list[dict[str, Any]] = []
+    several = list(batches(texts, max_tokens=max_tokens, pad_id=padding_id(sides.tokenizer)))
+    for number, batch in enumerate(several):
+        keep = mask_tensor(batch, on)
+        keep[:, 0] = False
+        if keep.any():
+            known = _predicting(sides, batch, reference, keep)
+            for index, cell in enumerate(cells):
+                check(cancel)
+                rows += _compare(sides, batch, keep, index, cell, reference, known, budget)
+        report(number + 1, len(several), f"{number + 1}/{len(several)} batches")
+    if not rows:
+        raise MaskError(f"the mask {on!r} leaves no predicted token in {len(texts)} texts.")
+    table = pd.DataFrame(rows).sort_values(["cell", "text"], kind="stable")
+    return table.reset_index(drop=True)
+
+
+def _predicting(sides: Sides, batch: Batch, cell: Cell, keep: Tensor) -> Tensor:
+    states = final_states(sides, batch, cell.side, cell.plan)
+    row, column = keep.nonzero(as_tuple=True)
+    return states[row.to(states.device), column.to(states.device) - 1]
+
+
+def _compare(
+    sides: Sides,
+    batch: Batch,
+    keep: Tensor,
+    index: int,
+    cell: Cell,
+    reference: Cell,
+    known: Tensor,
+    budget: int,
+) -> list[dict[str, Any]]:
+    states = _predicting(sides, batch, cell, keep)
+    root, other = sides.root(cell.side), sides.root(reference.side)
+    with torch.no_grad():
+        kl, loss = kl_and_loss(
+            states,
+            known.to(states.device),
+            unembedding(root, sides.site_map),
+            unembedding(other, sides.site_map),
+            batch.ids[keep].to(device_of(root)),
+            budget,
+        )
+    owner = keep.nonzero(as_tuple=True)[0]
+    rows = []
+    for row in owner.unique().tolist():
+        mine = (owner == row).to(kl.device)
+        rows.append(
+            {
+                "cell": index,
+                "side": cell.side,
+                "edit": cell.name,
+                "text": batch.order[row],
+                "n_tokens": int(mine.sum()),
+                "kl": float(kl[mine].mean()),
+                "loss": float(loss[mine].mean()),
+            }
+        )
+    return rows
