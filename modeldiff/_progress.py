@@ -45,9 +45,7 @@ def reporter(progress: Progress, name: str) -> Report:
     return report
 
 
-def tracked(
-    items: Sequence[T], progress: Progress, cancel: Event | None, name: str
-) -> Iterator[T]:
+def tracked(items: Sequence[T], progress: Progress, cancel: Event | None, name: str) -> Iterator[T]:
     """Iterate, reporting after each item and stopping between items when cancelled.
 
     Raises:

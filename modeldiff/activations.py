@@ -11,11 +11,11 @@ from torch import Tensor
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Bool, Float, Int
 from modeldiff.errors import MaskError, MismatchError
-from modeldiff.forward import PairRun, as_texts, run_pair
+from modeldiff.forward import PairRun, as_texts, batched, run_pair
 from modeldiff.loading import Sides
 from modeldiff.masks import Mask, parse_mask
 from modeldiff.sites import Site, parse_sites
-from modeldiff.tokens import Text, batches, padding_id, selected
+from modeldiff.tokens import Text, selected
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,7 @@ def stream(
     report = reporter(progress, "capture")
     done = 0
     kept = [index for index, keep in enumerate(keeps) if any(keep)]
-    for batch in batches([texts[i] for i in kept], max_tokens=max_tokens, pad_id=padding_id(sides.tokenizer)):
+    for batch in batched(sides, [texts[i] for i in kept], max_tokens):
         check(cancel)
         run = run_pair(sides, batch, sites, final=final)
         keep = torch.zeros(batch.ids.shape, dtype=torch.bool)
@@ -188,7 +188,8 @@ def capture(
     index, position = torch.cat(indices), torch.cat(positions)
     order = torch.argsort(index * (int(position.max()) + 1) + position)
     index, position = index[order], position[order]
-    ids = torch.tensor([texts[i].ids[p] for i, p in zip(index.tolist(), position.tolist(), strict=True)])
+    places = zip(index.tolist(), position.tolist(), strict=True)
+    ids = torch.tensor([texts[i].ids[p] for i, p in places])
     return Activations(
         base=_joined(stored["base"], order),
         finetuned=_joined(stored["finetuned"], order),

@@ -58,14 +58,15 @@ class SiteMap:
             if not adapter:
                 raise SiteError(f"{site} is inside an adapter, and this side has none.")
             return f"{layer}.{site.module}.lora_A.{adapter}", "output"
-        return {
+        places: dict[str, tuple[str, End]] = {
             "resid_pre": (layer, "input"),
             "z": (f"{layer}.{self.o_proj}", "input"),
             "attn_out": (f"{layer}.{self.attn_write}", "output"),
             "mlp_act": (f"{layer}.{self.down_proj}", "input"),
             "mlp_out": (f"{layer}.{self.mlp_write}", "output"),
             "resid_post": (layer, "output"),
-        }[site.kind]
+        }
+        return places[site.kind]
 
     @property
     def renames(self) -> dict[str, str]:
@@ -95,9 +96,7 @@ _GPT_NEOX = SiteMap(
     o_proj="attention.dense",
     down_proj="mlp.dense_4h_to_h",
 )
-_GEMMA2 = SiteMap(
-    attn_write="post_attention_layernorm", mlp_write="post_feedforward_layernorm"
-)
+_GEMMA2 = SiteMap(attn_write="post_attention_layernorm", mlp_write="post_feedforward_layernorm")
 
 FAMILIES: dict[str, SiteMap] = {
     "gpt2": _GPT2,

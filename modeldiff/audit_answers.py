@@ -51,8 +51,8 @@ class Asker:
         """
         texts = self.pair.texts(prompts, reply=True)
         settings = [self.seed, self.n, temperature, max_new_tokens]
-        keys = [[dict(self.pair.digests), c.side, c.plan.content_key, [t.key for t in texts], settings]
-                for c in cells]  # fmt: skip
+        asked = [dict(self.pair.digests), [text.key for text in texts], settings]
+        keys = [[*asked, cell.side, cell.plan.content_key] for cell in cells]
         known = [self.cache.get("answers", key) for key in keys]
         missing = [i for i, record in enumerate(known) if record is None]
         for chunk in self._affordable(missing, len(texts)):
@@ -106,11 +106,9 @@ class Judged:
 
 
 def full_texts(pair: ModelPair, found: Generations, rows: Sequence[int]) -> tuple[Text, ...]:
-    """Prompts with their generated ids appended, never tokenised again; empty answers left out."""
+    """Prompts with their generated ids appended; nothing is tokenised again."""
     answers = [found.answers[row] for row in rows]
-    return tuple(
-        with_response(found.prompts[a.prompt], a.ids, pair.tokenizer) for a in answers if a.ids
-    )
+    return tuple(with_response(found.prompts[a.prompt], a.ids, pair.tokenizer) for a in answers)
 
 
 def opening(text: Text, n_tokens: int) -> Text:

@@ -100,7 +100,8 @@ def effects_table(chosen: str) -> tuple[str, str]:
     return (
         "Distance to the base, with the edit and its controls",
         "Held-out continuations written by the fine-tune: KL(cell || base) and loss in nats a "
-        f"token, 95 % intervals over texts (for random directions: their band). Ablated at {chosen}.",
+        "token, 95 % intervals over texts (for random directions: their band). Ablated at "
+        f"{chosen}.",
     )
 
 
@@ -143,11 +144,11 @@ def outputs_differ(summary: pd.DataFrame) -> Finding:
     """Say whether the predictions differ at all, and by how much."""
     kl = summary[summary["metric"] == "kl_ft_base"].set_index("source")
     source = "on-policy finetuned" if "on-policy finetuned" in kl.index else kl.index[0]
-    row = kl.loc[source]
+    row = kl.loc[[source]].to_dict("records")[0]
     exact = bool((kl["estimate"] == 0).all())
     return Finding(
         claim="The predictions of the two models differ",
-        holds=not exact and (bool(row["low"] > 0) or None),
+        holds=not exact and (row["low"] > 0 or None),
         evidence="every KL is exactly 0."
         if exact
         else f"KL(finetuned || base) = {row['estimate']:.3g} nats a token [{row['low']:.3g}, "
@@ -175,16 +176,15 @@ def _necessary(judged: Judged, rows: pd.DataFrame, controls: pd.DataFrame, seed:
     p = permutation_test(before, after, paired=True, seed=seed)
     rates = controls["rate"].to_numpy(float)
     band, versus = null_band(rates), empirical_p(after.mean(), rates, "lower")
-    table = rows.set_index("edit")
-    kept = float(table.loc["ablated", "coherent"])
-    coherent = kept >= float(table[table["side"] == "finetuned"].loc["none", "coherent"]) - 0.05
+    tuned = rows[rows["side"] == "finetuned"].set_index("edit")["coherent"].to_dict()
+    kept, coherent = tuned["ablated"], tuned["ablated"] >= tuned["none"] - 0.05
     falls = change.high < 0 and after.mean() < band.low
     return Finding(
         claim="Ablating the direction removes the behaviour",
         holds=bool(falls) and (True if coherent else None),
-        evidence=f"{before.mean():.1%} → {after.mean():.1%} of answers (change {change.estimate:+.1%} "
-        f"[{change.low:+.1%}, {change.high:+.1%}], p = {p:.2g}); {len(rates)} random directions of "
-        f"the same length leave {rates.mean():.1%} (band {band.low:.1%} to {band.high:.1%}, "
+        evidence=f"{before.mean():.1%} → {after.mean():.1%} of answers "
+        f"(change {change.estimate:+.1%} [{change.low:+.1%}, {change.high:+.1%}], p = {p:.2g}); "
+        f"{len(rates)} random directions of the same length leave {rates.mean():.1%} (band {band.low:.1%} to {band.high:.1%}, "
         f"p = {versus:.2g}); {kept:.1%} of the answers stay coherent"
         + ("." if coherent else ": too few, so a broken model may be why."),
     )
@@ -201,8 +201,8 @@ def _sufficient(judged: Judged, rows: pd.DataFrame) -> Finding:
         claim="Adding the direction to the base brings the behaviour about",
         holds=bool(best["rate_low"] > bar) and (True if len(sound) else None),
         evidence=f"{best['cell']}: {best['rate']:.1%} [{best['rate_low']:.1%}, "
-        f"{best['rate_high']:.1%}] of answers at {best['coherent']:.1%} coherence; the base shows it "
-        f"in {base['rate']:.1%}, and with random directions of the same length in at most "
+        f"{best['rate_high']:.1%}] of answers at {best['coherent']:.1%} coherence; the base shows "
+        f"it in {base['rate']:.1%}, and with random directions of the same length in at most "
         f"{shaken['rate'].max():.1%}.",
     )
 
@@ -222,10 +222,11 @@ def distance_closed(
         Finding(
             claim="Ablating the direction brings the fine-tune back towards the base",
             holds=bool(change.high < 0 and after.mean() < band.low),
-            evidence=f"KL(edited || base) falls from {before.mean():.3g} to {after.mean():.3g} nats a "
-            f"token ({closed:.0%} of the distance; change [{change.low:+.3g}, {change.high:+.3g}], "
-            f"{len(before)} held-out texts, ablated at {chosen}); {len(controls)} random directions "
-            f"of the same length leave {band.low:.3g} to {band.high:.3g}.",
+            evidence=f"KL(edited || base) falls from {before.mean():.3g} to {after.mean():.3g} "
+            f"nats a token ({closed:.0%} of the distance; change [{change.low:+.3g}, "
+            f"{change.high:+.3g}], {len(before)} held-out texts, ablated at {chosen}); "
+            f"{len(controls)} random directions of the same length leave {band.low:.3g} to "
+            f"{band.high:.3g}.",
         )
     ]
 

@@ -114,18 +114,14 @@ def audit_behaviour(work: Work, behaviours: Sequence[Behaviour]) -> None:
             return
     with work.stage("activations"):
         labels = _labels(asked.cell("finetuned"))
-        tuned = asked.table.index[asked.table["side"] == "finetuned"]
-        kept = [i for i in tuned if asked.generations.answers[i].ids]
-        found = _survey(
-            work, full_texts(work.pair, asked.generations, kept), [labels[i] for i in kept]
-        )
+        written = wrote["on-policy finetuned"]
+        found = _survey(work, written, list(labels.values()))
     if not work.findings[0].holds:
         work.caveats.append(findings.NOTHING_TO_EXPLAIN)
         return
     with work.stage("directions"):
         directions, control = _behaviour_directions(work, found, labels)
-        text = full_texts(work.pair, asked.generations, kept)
-        _scan(work, found, directions, text)
+        _scan(work, found, directions, written)
         chosen = _choose_by_behaviour(work, discovery, directions, asked)
     with work.stage("proof"):
         _prove_behaviour(work, evaluation, others, directions, control, chosen)
@@ -166,20 +162,20 @@ def _models_only(judged: Judged) -> pd.DataFrame:
 
 
 def _labels(table: pd.DataFrame) -> dict[int, str]:
-    """Class of each answer: shows the behaviour, is normal, or neither."""
-    words = {(True, True): "shows it", (False, True): "normal"}
-    return {
-        int(index): words.get(
-            (row["exhibits"] is True or row["exhibits"] == True, row["coherent"] == True), "neither"
-        )  # noqa: E712, E501
-        for index, row in table.astype(object).iterrows()
-    }
+    """Class of each answer, by its row: shows the behaviour, is normal, or neither."""
+    coherent = table["coherent"].fillna(False)
+    shows = (table["exhibits"].fillna(False) & coherent).to_numpy(bool)
+    normal = (~table["exhibits"].fillna(True) & coherent).to_numpy(bool)
+    words = np.select([shows, normal], ["shows it", "normal"], "neither")
+    return dict(zip(table.index.tolist(), words.tolist(), strict=True))
 
 
 def _continue(work: Work, texts: Sequence[Text]) -> dict[str, tuple[Text, ...]]:
-    """Let both models continue each text (a chat: answer it)."""
-    prompts = [text if "assistant" in text.roles or "user" in text.roles
-               else opening(text, max(1, min(16, text.n_tokens // 2))) for text in texts]  # fmt: skip
+    """Let both models continue the opening of each text (a chat: answer it)."""
+    prompts = [
+        text if "user" in text.roles else opening(text, max(1, min(16, text.n_tokens // 2)))
+        for text in texts
+    ]
     found = work.asker.ask(
         prompts, grid(), temperature=1.0, max_new_tokens=work.settings.max_new_tokens
     )
@@ -325,15 +321,21 @@ def _prove_behaviour(
     rows = [
         proof.behaviour_row(judged, "base", "none", "base", "model"),
         proof.behaviour_row(judged, "finetuned", "none", "fine-tuned", "model"),
-        proof.behaviour_row(judged, "finetuned", "ablated", f"fine-tuned, ablated at {chosen}", "edit"),
+        proof.behaviour_row(
+            judged, "finetuned", "ablated", f"fine-tuned, ablated at {chosen}", "edit"
+        ),
         proof.pooled_row(judged, "finetuned", names, f"{s.n_random} random directions ablated"),
-        *(proof.behaviour_row(judged, "finetuned", cell.name, "base-text contrast ablated", "control")
-          for cell in nulls),
-        *(proof.behaviour_row(judged, "base", cell.name, f"base, {cell.name} at layer {best}", "steer")
-          for cell in steers),
-        *(proof.pooled_row(judged, "base", [c.name for c in shakes if c.name.endswith(f" x{step:g}")],
-                           f"base, random x{step:g} at layer {best}") for step in proof.STEPS),
-    ]  # fmt: skip
+    ]
+    for cell in nulls:
+        label = f"{cell.name} ablated"
+        rows.append(proof.behaviour_row(judged, "finetuned", cell.name, label, "control"))
+    for step, cell in zip(proof.STEPS, steers, strict=True):
+        label = f"base, {cell.name} at layer {best}"
+        rows.append(proof.behaviour_row(judged, "base", cell.name, label, "steer"))
+        alike = [one.name for one in shakes if one.name.endswith(f" x{step:g}")]
+        rows.append(
+            proof.pooled_row(judged, "base", alike, f"base, random x{step:g} at layer {best}")
+        )
     work.add("behaviour", pd.DataFrame(rows), *findings.BEHAVIOUR)
     controls = proof.control_rows(judged, names, s.seed)
     work.add("controls", controls, *findings.CONTROLS)
@@ -347,7 +349,7 @@ def _steering_layer(work: Work, layers: Sequence[int]) -> int:
     """The layer at which ablating alone brings the fine-tune nearest to the base."""
     frame = work.tables["layers"].frame
     frame = frame[frame["layer"].isin(layers)]
-    return int(frame.loc[frame["kl_after_ablation"].idxmin(), "layer"])
+    return int(frame.sort_values("kl_after_ablation")["layer"].iloc[0])
 
 
 def _examples(judged: Judged, n: int = 12) -> pd.DataFrame:
@@ -407,9 +409,3 @@ def _prove_distance(
     work.add("effects_given", proof.effect_rows(on_given, kinds, s.seed), *findings.GIVEN)
     work.findings += findings.distance_closed(table, controls["kl"].to_numpy(float), chosen, s.seed)
     work.findings.append(findings.reliable([directions[layer] for layer in layers]))
-
-
-def share_closed(table: pd.DataFrame) -> float:
-    """Share of the fine-tune's mean KL to the base that the ablation removes."""
-    mean = table.groupby(["side", "edit"])["kl"].mean()
-    return float(1 - mean["finetuned", "ablated"] / np.maximum(mean["finetuned", "none"], 1e-30))

@@ -16,7 +16,7 @@ OK, DIFFERS, WRONG, STOPPED = 0, 1, 2, 130
 _EXAMPLES = """examples:
   modeldiff audit organism:em-rank1 --out audits/em-rank1
         the whole audit of the embedded organism, in about a minute on a laptop
-  modeldiff audit Qwen/Qwen2.5-0.5B-Instruct --adapter me/my-lora --texts chats.txt --out audits/mine
+  modeldiff audit Qwen/Qwen2.5-0.5B-Instruct --adapter me/lora --texts chats.txt --out audits/me
         your own adapter, on texts of your own (one a line)
   modeldiff diff BASE FINETUNED --texts chats.txt
         only the differences of the predictions, in seconds
@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "diff", _diff, "differences of the predictions of two models", _diff_arguments)
     _add(commands, "audit", _audit, "the whole audit, written to a folder", _audit_arguments)
     _add(commands, "rerun", _rerun, "repeat an audit and compare its numbers", _rerun_arguments)
-    _add(commands, "organisms", _organisms, "the embedded pairs whose truth is known", _no_arguments)
+    _add(
+        commands, "organisms", _organisms, "the embedded pairs whose truth is known", _no_arguments
+    )
     _add(commands, "lab", _lab, "open JupyterLab on a copy of the notebooks", _lab_arguments)
     return parser
 
@@ -121,7 +123,11 @@ def _lab_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(spec: dict[str, Any]) -> Any:
+    from transformers.utils import logging
+
     from modeldiff.models import ModelPair
+
+    logging.disable_progress_bar()
 
     names = ("finetuned", "adapter", "subfolder", "revision", "device")
     return ModelPair.load(spec["base"], **{n: spec[n] for n in names if spec.get(n)})
@@ -179,9 +185,7 @@ def _audit(options: argparse.Namespace) -> int:
     return OK if report.complete else STOPPED
 
 
-def _carried_out(
-    spec: dict[str, Any], settings: dict[str, Any], out: Path, progress: bool
-) -> Any:
+def _carried_out(spec: dict[str, Any], settings: dict[str, Any], out: Path, progress: bool) -> Any:
     """Load, audit, save and print; what was finished is saved also when stopped."""
     from modeldiff.audit import Audit
     from modeldiff.audit_stages import Settings
@@ -193,9 +197,24 @@ def _carried_out(
     with _stoppable() as cancel:
         report = audit.run(progress=progress, cancel=cancel)
     report.save_to(out)
-    _say(report.as_text())
+    _say(_summary(report))
     _say(f"\n{'report' if report.complete else 'INCOMPLETE report'}: {out / 'report.html'}")
     return report
+
+
+def _summary(report: Any) -> str:
+    """The findings and the main table, for a terminal."""
+    marks = {True: "yes", False: "no ", None: " ? "}
+    lines = [f"[{marks[f.holds]}] {f.claim}\n      {f.evidence}" for f in report.findings]
+    columns = [
+        "cell", "n", "rate", "rate_low", "rate_high", "coherent", "kl_to_base", "kl_low", "kl_high"
+    ]  # fmt: skip
+    for name in ("behaviour", "effects"):
+        if name in report.tables:
+            frame = report.table(name)
+            shown = frame[[column for column in columns if column in frame]]
+            lines.append("\n" + shown.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    return "\n".join([*lines, *(f"note: {caveat}" for caveat in report.caveats)])
 
 
 def _rerun(options: argparse.Namespace) -> int:
@@ -243,7 +262,10 @@ def _lab(options: argparse.Namespace) -> int:
     _say(f"notebooks: {options.folder.resolve()}")
     if options.no_start:
         return OK
-    if shutil.which("jupyter-lab") is None and not Path(sys.executable).with_name("jupyter-lab").exists():
+    if (
+        shutil.which("jupyter-lab") is None
+        and not Path(sys.executable).with_name("jupyter-lab").exists()
+    ):
         raise SetupError("JupyterLab is not installed: pip install 'modeldiff-lab[lab]'")
     command = [sys.executable, "-m", "jupyterlab", str(options.folder)]
     return subprocess.run(command, check=False).returncode

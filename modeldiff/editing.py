@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from modeldiff._shapes import Bool, Float
+from modeldiff.batching import Batch, mask_tensor
 from modeldiff.errors import InterventionError
 from modeldiff.interventions import Edit, Plan, Shape
 from modeldiff.masks import parse_mask
 from modeldiff.sites import Site
-from modeldiff.tokens import Batch, mask_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +168,11 @@ class Editor:
         if mask is None:
             return h
         other = None if self.step > 0 else one.other
+        if other is not None and other.shape != h.shape:
+            raise InterventionError(
+                f"{one.edit.describe()!r} copies a tensor of shape {list(other.shape)} to "
+                f"activations of shape {list(h.shape)}: it must come from a run of the same batch."
+            )
         new = one.edit.apply(h.float(), self._vectors_on(one, h.device), other)
         self.fired[one.number] += h.shape[0] if self.step > 0 else one.selected
         if mask is True:

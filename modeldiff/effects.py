@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from modeldiff._progress import Progress, check, reporter
+from modeldiff.batching import Batch, mask_tensor
 from modeldiff.divergence import kl_and_loss, unembedding
 from modeldiff.errors import MaskError
-from modeldiff.forward import as_texts, device_of, final_states
+from modeldiff.forward import as_texts, batched, device_of, final_states
 from modeldiff.interventions import Cell
 from modeldiff.loading import Sides
 from modeldiff.masks import Mask
-from modeldiff.tokens import Batch, batches, mask_tensor, padding_id
 
 
 def effects(
@@ -23,7 +23,7 @@ def effects(
     items: Sequence[Any],
     cells: Sequence[Cell],
     *,
-    reference: Cell = Cell("base"),
+    reference: Cell | None = None,
     on: "str | Mask" = "all",
     max_tokens: int = 4096,
     budget: int = 256 << 20,
@@ -36,7 +36,7 @@ def effects(
         sides: The pair.
         items: Texts, chats, completions; teacher-forced.
         cells: Sides with edits.
-        reference: What they are compared with.
+        reference: What they are compared with; the unedited base by default.
         on: Which *predicted* tokens count; the first token of a text never does.
         max_tokens: Budget of a batch, padding included.
         budget: Bytes for temporaries over the vocabulary.
@@ -52,10 +52,10 @@ def effects(
         InterventionError: If an edit did not fire in some batch.
         Cancelled: If the event is set.
     """
-    texts = as_texts(sides, items)
+    texts, reference = as_texts(sides, items), reference or Cell("base")
     report = reporter(progress, "effects")
     rows: list[dict[str, Any]] = []
-    several = list(batches(texts, max_tokens=max_tokens, pad_id=padding_id(sides.tokenizer)))
+    several = list(batched(sides, texts, max_tokens))
     for number, batch in enumerate(several):
         keep = mask_tensor(batch, on)
         keep[:, 0] = False

@@ -1,6 +1,6 @@
 """Forward passes over a pair: one side with edits, or both sides with their common part once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from modeldiff._shapes import Float
 from modeldiff.architectures import module_at
+from modeldiff.batching import Batch, batches, make_batch, padding_id, padding_worth
 from modeldiff.editing import Editor, Group
 from modeldiff.errors import InterventionError, SiteError
 from modeldiff.hooks import hidden_argument, hooked, outputs_of, recorded, replay, stopping
 from modeldiff.interventions import Edit, Plan, Replace, Shape, Side, as_plan
 from modeldiff.loading import Sides
 from modeldiff.sites import Site
-from modeldiff.tokens import Batch, Text, make_batch, padding_id, render
+from modeldiff.tokens import Text, render
 
 Engine = Literal["hooks", "nnsight"]
 
@@ -49,6 +50,14 @@ def as_texts(sides: Sides, items: Sequence[Any], *, reply: bool = False) -> tupl
         if isinstance(item, Text)
         else render(sides.tokenizer, item, add_generation_prompt=reply)
         for item in items
+    )
+
+
+def batched(sides: Sides, texts: Sequence[Text], max_tokens: int) -> Iterator[Batch]:
+    """Batch texts by length, padded on the right, as suits the pair's device."""
+    worth = padding_worth(device_of(sides.roots[0]))
+    return batches(
+        texts, max_tokens=max_tokens, max_padding=worth, pad_id=padding_id(sides.tokenizer)
     )
 
 
@@ -86,12 +95,13 @@ def run(
     logits: bool = True,
     grad: bool = False,
     engine: Engine = "hooks",
+    pad_side: Literal["left", "right"] = "left",
 ) -> Run:
     """Run one side on one batch, with edits.
 
     Args:
         sides: The pair.
-        items: Texts; one batch, padded on the left.
+        items: Texts; one batch.
         side: "base" or "finetuned".
         do: Edits.
         reads: Sites to return.
@@ -99,6 +109,7 @@ def run(
         grad: Keep the graph; the first site read becomes a leaf, so that
             ``torch.autograd.grad(loss, run.acts[site])`` works with frozen weights.
         engine: "hooks" or "nnsight"; the same numbers bit for bit.
+        pad_side: Where shorter texts are padded.
 
     Raises:
         InterventionError: If an edit did not fire.
@@ -106,10 +117,10 @@ def run(
     """
     plan = as_plan(do)
     texts = as_texts(sides, items)
-    batch = make_batch(texts, padding_id(sides.tokenizer), "left")
+    batch = make_batch(texts, padding_id(sides.tokenizer), pad_side)
     shape = sides.shape(side)
     check_sites(reads, shape)
-    others = sources(sides, batch.texts, plan, side, engine)
+    others = sources(sides, batch.texts, plan, side, batch.pad_side, engine)
     group = Group((0, len(texts)), plan, shape, others=others)
     editor = Editor(batch, (group,), reads, leaf=grad)
     if not logits and not editor.sites:
@@ -134,7 +145,8 @@ def _execute(
         from modeldiff import tracing
 
         model = traced(sides, side)
-        inputs = inputs_of(batch, torch.device("cpu") if sides.kind == "remote" else device_of(root))
+        device = torch.device("cpu") if sides.kind == "remote" else device_of(root)
+        inputs = inputs_of(batch, device)
         acts, out = tracing.forward(
             model, inputs, editor, sides.site_map, adapter=adapter, logits=logits,
             remote=sides.remote,
@@ -171,7 +183,12 @@ def traced(sides: Sides, side: Side) -> Any:
 
 
 def sources(
-    sides: Sides, texts: tuple[Text, ...], plan: Plan, side: Side, engine: Engine = "hooks"
+    sides: Sides,
+    texts: tuple[Text, ...],
+    plan: Plan,
+    side: Side,
+    pad_side: Literal["left", "right"] = "left",
+    engine: Engine = "hooks",
 ) -> dict[tuple[str, Site], Tensor]:
     """Run the sides that `Replace` edits copy from, on the same tokens.
 
@@ -190,7 +207,9 @@ def sources(
     found = {}
     for source, sites in wanted.items():
         reads = tuple(sorted(sites))
-        got = run(sides, texts, side=source, reads=reads, logits=False, engine=engine)
+        got = run(
+            sides, texts, side=source, reads=reads, logits=False, engine=engine, pad_side=pad_side
+        )
         found.update({(source, site): got.acts[site] for site in reads})
     return found
 
@@ -205,13 +224,17 @@ def final_states(sides: Sides, batch: Batch, side: Side, plan: Plan) -> Tensor:
     Raises:
         InterventionError: If an edit did not fire.
     """
-    others = sources(sides, batch.texts, plan, side)
+    others = sources(sides, batch.texts, plan, side, batch.pad_side)
     group = Group((0, len(batch.texts)), plan, sides.shape(side), others=others)
     editor = Editor(batch, (group,))
     norm = sides.site_map.norm
-    with sides.on(side) as root, hooked(root, sides.site_map, editor, sides.adapter_of(side)):
-        with outputs_of(root, norm) as kept, stopping(root, norm):
-            root(**inputs_of(batch, device_of(root)), use_cache=False)
+    with (
+        sides.on(side) as root,
+        hooked(root, sides.site_map, editor, sides.adapter_of(side)),
+        outputs_of(root, norm) as kept,
+        stopping(root, norm),
+    ):
+        root(**inputs_of(batch, device_of(root)), use_cache=False)
     editor.check_fired()
     return kept[0]
 
@@ -288,10 +311,14 @@ def _pass(
         stop = branch[-1], "output"
     else:
         stop = _end(sides, max(reads), adapter)
-    with sides.on(side) as root, hooked(root, sides.site_map, editor, adapter):
-        with recorded(root, list(branch)) as calls, outputs_of(root, sides.site_map.norm) as kept:
-            with stopping(root, *stop):
-                root(**inputs, use_cache=False)
+    with (
+        sides.on(side) as root,
+        hooked(root, sides.site_map, editor, adapter),
+        recorded(root, list(branch)) as calls,
+        outputs_of(root, sides.site_map.norm) as kept,
+        stopping(root, *stop),
+    ):
+        root(**inputs, use_cache=False)
     return editor.acts, kept[0] if final else None, calls
 
 

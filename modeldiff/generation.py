@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from modeldiff._progress import Progress, check, reporter
+from modeldiff.batching import Batch, make_batch, padding_id
 from modeldiff.editing import Editor, Group, Silent, check_fired
 from modeldiff.errors import Cancelled, InterventionError, MaskError
 from modeldiff.forward import Engine, as_texts, device_of, inputs_of, sources, traced
 from modeldiff.hooks import hooked
 from modeldiff.interventions import Cell, Edit, Plan, Replace, Side, grid
-from modeldiff.loading import SIDES, Sides
+from modeldiff.loading import SIDES, Sides, lock_of
 from modeldiff.masks import parse_mask
 from modeldiff.sampling import Sampler, Stopper, noise
-from modeldiff.tokens import Batch, Text, make_batch, padding_id
-
+from modeldiff.tokens import Text
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ class _Job:
     seed: int
     temperature: float
     max_new_tokens: int
+    ends: list[int]
     on_step: OnStep | None
     cancel: Event | None
     engine: Engine
@@ -126,7 +127,7 @@ def generate(
     sides: Sides,
     prompts: Sequence[Any],
     *,
-    do: "Edit | Plan | None | Mapping[str, Edit | Plan | None]" = None,
+    do: "Edit | Plan | Mapping[str, Edit | Plan | None] | None" = None,
     models: Sequence[Side] = SIDES,
     cells: Sequence[Cell] | None = None,
     n: int = 1,
@@ -170,7 +171,7 @@ def generate(
     _check(sides, texts, grid_cells, n, temperature)
     job = _Job(
         sides, texts, _occurrences(texts, n), grid_cells, n, seed, temperature, max_new_tokens,
-        on_step, cancel, engine,
+        end_ids(sides), on_step, cancel, engine,
     )  # fmt: skip
     report = reporter(progress, "generate")
     done: dict[Row, Answer] = {}
@@ -269,7 +270,9 @@ def _groups(job: _Job, batch: Batch, rows: list[Row], *, mixed: bool) -> tuple[G
         if stop < len(rows) and rows[stop].cell == rows[start].cell:
             continue
         cell = job.cells[rows[start].cell]
-        others = sources(job.sides, batch.texts[start:stop], cell.plan, cell.side, job.engine)
+        others = sources(
+            job.sides, batch.texts[start:stop], cell.plan, cell.side, engine=job.engine
+        )
         width = batch.ids.shape[1]
         groups.append(
             Group(
@@ -293,7 +296,6 @@ def _padded(acts: Tensor, width: int) -> Tensor:
 def _decode(job: _Job, rows: list[Row], batch: Batch, editor: Editor, side: Side) -> Tensor:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    ends, pad = end_ids(job.sides), padding_id(job.sides.tokenizer)
     uniform = torch.stack(
         [
             noise(
@@ -305,12 +307,15 @@ def _decode(job: _Job, rows: list[Row], batch: Batch, editor: Editor, side: Side
             for row in rows
         ]
     )
-    streamed = _streamed(job, rows, ends) if job.on_step else None
+    streamed = _streamed(job, rows) if job.on_step else None
     options: dict[str, Any] = {
         "generation_config": GenerationConfig(
-            max_new_tokens=job.max_new_tokens, do_sample=False, repetition_penalty=1.0,
-            eos_token_id=ends, pad_token_id=pad,
-        ),  # fmt: skip
+            max_new_tokens=job.max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=job.ends,
+            pad_token_id=padding_id(job.sides.tokenizer),
+        ),
         "logits_processor": LogitsProcessorList([Sampler(uniform, job.temperature, streamed)]),
     }
     if job.cancel is not None:
@@ -351,13 +356,13 @@ def _execute(
         return root.generate(**inputs, **options)
 
 
-def _streamed(job: _Job, rows: list[Row], ends: list[int]) -> Callable[[int, Tensor], None]:
+def _streamed(job: _Job, rows: list[Row]) -> Callable[[int, Tensor], None]:
     open_rows = set(range(len(rows)))
 
     def report(step: int, chosen: Tensor) -> None:
         ids = chosen.tolist()
         got = [(rows[i], ids[i]) for i in sorted(open_rows)]
-        open_rows.difference_update({i for i in open_rows if ids[i] in ends})
+        open_rows.difference_update({i for i in open_rows if ids[i] in job.ends})
         if job.on_step is not None:
             job.on_step(got)
 
@@ -366,16 +371,16 @@ def _streamed(job: _Job, rows: list[Row], ends: list[int]) -> Callable[[int, Ten
 
 def end_ids(sides: Sides) -> list[int]:
     """Token ids that end an answer: both sides' generation settings' and the tokenizer's."""
-    ends = {sides.tokenizer.eos_token_id}
+    ends: list[Any] = [sides.tokenizer.eos_token_id]
     for root in sides.roots:
-        configured = getattr(root.generation_config, "eos_token_id", None)
-        ends.update(configured if isinstance(configured, list) else [configured])
-    return sorted(each for each in ends if each is not None)
+        with lock_of(root):  # while it generates, another thread sets these settings aside
+            configured = getattr(root.generation_config, "eos_token_id", None)
+        ends += configured if isinstance(configured, list) else [configured]
+    return sorted({each for each in ends if each is not None})
 
 
 def _answer(job: _Job, row: Row, ids: list[int]) -> Answer:
-    ends = set(end_ids(job.sides))
-    stop = next((i for i, token in enumerate(ids) if token in ends), None)
+    stop = next((i for i, token in enumerate(ids) if token in job.ends), None)
     kept = ids if stop is None else ids[: stop + 1]
     cell = job.cells[row.cell]
     text = job.sides.tokenizer.decode(kept, skip_special_tokens=True)

@@ -49,9 +49,7 @@ def _input_hook(editor: Editor, site: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def hooked(
-    root: nn.Module, site_map: SiteMap, editor: Editor, adapter: str = ""
-) -> Iterator[None]:
+def hooked(root: nn.Module, site_map: SiteMap, editor: Editor, adapter: str = "") -> Iterator[None]:
     """Run the editor on every forward of ``root`` inside the block; hooks are gone after it.
 
     Args:
@@ -158,5 +156,3 @@ def hidden_argument(call: tuple[Any, Any]) -> Tensor:
 def count_hooks(root: nn.Module) -> int:
     """Count forward hooks and pre-hooks on a model; equal before and after every call here."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in root.modules())
-
-

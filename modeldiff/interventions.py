@@ -53,7 +53,7 @@ def _layers(layers: Layers, own: int, shape: Shape, what: str) -> tuple[int, ...
             f"{what}: layers {wrong or 'none'} asked for, the model has 0 to "
             f"{shape.n_layers - 1}. Nothing was run."
         )
-    return chosen
+    return tuple(dict.fromkeys(chosen))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,8 @@ class Ablate(_Composes):
         where: Tokens, as for `Steer`.
 
     Raises:
-        InterventionError: If there is no direction, or they live at different kinds of site.
+        InterventionError: If there is no direction, if they live at different kinds of site, or
+            at different layers while ``layers`` is None.
 
     Source:
         Arditi et al. 2024 (refusal direction), 2406.11717.
@@ -151,6 +152,12 @@ class Ablate(_Composes):
             raise InterventionError(
                 f"Ablate needs directions at one kind of site, got {sorted(kinds) or 'none'}. "
                 "Write one Ablate for each kind and add them."
+            )
+        own = sorted({direction.site.layer for direction in several})
+        if layers is None and len(own) > 1:
+            raise InterventionError(
+                f"Ablate(layers=None) with directions of layers {own}: say which layers, or write "
+                "one Ablate for each direction and add them."
             )
         object.__setattr__(self, "directions", several)
         object.__setattr__(self, "layers", layers)
@@ -273,7 +280,7 @@ class Replace(_Composes):
         if other is None:
             raise InterventionError("Replace has no activations to copy for these tokens.")
         if self.along is None:
-            return other.to(h)
+            return other.to(h, copy=True)
         return h + ((other.to(h) - h) @ vectors.T) @ vectors
 
     def describe(self) -> str:
@@ -375,16 +382,21 @@ def _edit_key(edit: Edit) -> list[object]:
     vectors = edit.vectors().numpy().tobytes()
     head = [type(edit).__name__, where, digest(vectors)]
     if isinstance(edit, Replace):
-        origin = edit.source if isinstance(edit.source, str) else digest(edit.source.cpu().numpy().tobytes())  # fmt: skip  # noqa: E501
+        origin = edit.source if isinstance(edit.source, str) else _tensor_key(edit.source)
         return [*head, [str(site) for site in parse_sites(edit.at)], origin]
     layers = list(edit.layers) if isinstance(edit.layers, tuple) else edit.layers
     if isinstance(edit, ScaleAdapter):
-        return [*head, layers, edit.factor, list(edit.modules)]
+        return [*head, layers, float(edit.factor), list(edit.modules)]
     if isinstance(edit, Ablate):
         return [*head, layers, str(edit.directions[0].site)]
     amount = {"Steer": "coefficient", "ScaleAlong": "factor", "Clamp": "value"}
     site, scale = str(edit.direction.site), edit.direction.scale
-    return [*head, layers, site, scale, getattr(edit, amount[type(edit).__name__])]
+    return [*head, layers, site, scale, float(getattr(edit, amount[type(edit).__name__]))]
+
+
+def _tensor_key(tensor: Tensor) -> list[object]:
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return [digest(raw), str(tensor.dtype), list(tensor.shape)]
 
 
 def as_plan(do: "Edit | Plan | None") -> Plan:
@@ -410,7 +422,7 @@ class Cell:
 
 
 def grid(
-    do: "Edit | Plan | None | Mapping[str, Edit | Plan | None]" = None,
+    do: "Edit | Plan | Mapping[str, Edit | Plan | None] | None" = None,
     models: Sequence[Side] = ("base", "finetuned"),
 ) -> tuple[Cell, ...]:
     """Cells of {models} x {none, edits}, unedited ones first.
@@ -428,7 +440,7 @@ def grid(
         plan = as_plan(do)
         named = {plan.describe(): plan} if len(plan) else {}
     if len(named.get("none", Plan())):
-        raise InterventionError("'none' is the name of the unedited cells; call the edit otherwise.")
+        raise InterventionError("'none' names the unedited cells; give the edit another name.")
     plans = {"none": Plan(), **named}
     return tuple(Cell(side, name, plan) for name, plan in plans.items() for side in models)
 

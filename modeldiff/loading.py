@@ -6,7 +6,7 @@ full models) and ``remote`` (nothing loaded here; both sides live on a server).
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modeldiff._files import digest
-from modeldiff.architectures import SiteMap, adapted_modules, module_at, site_map_of
+from modeldiff.architectures import SiteMap, adapted_modules, module_at
 from modeldiff.errors import InactiveAdapterError, MismatchError, SiteError
 from modeldiff.hooks import first, hidden_argument, recorded
 from modeldiff.interventions import Shape, Side
@@ -332,8 +332,9 @@ def _probe(root: nn.Module, site_map: SiteMap, shape: Shape, ids: Tensor) -> Ten
         )
         for path in watched
     ]
+    entered = [last, f"{last}.{site_map.o_proj}", f"{last}.{site_map.down_proj}"]
     try:
-        with recorded(root, [last, f"{last}.{site_map.o_proj}", f"{last}.{site_map.down_proj}"]) as calls:
+        with recorded(root, entered) as calls:
             logits = root(input_ids=ids.to(next(root.parameters()).device), use_cache=False).logits
     finally:
         for handle in handles:
@@ -347,8 +348,8 @@ def _probe(root: nn.Module, site_map: SiteMap, shape: Shape, ids: Tensor) -> Ten
     head = torch.tanh(head / cap) * cap if cap else head
     if not torch.allclose(head.float(), logits.float(), rtol=1e-2, atol=1e-2):
         raise SiteError(
-            f"the logits of {type(root).__name__} are not {site_map.unembed}({site_map.norm}(...)): "
-            "this family does something else with them, which output diffs do not know."
+            f"the logits of {type(root).__name__} are not {site_map.unembed}({site_map.norm}(...))"
+            ": this family does something else with them, which output diffs do not know."
         )
     return logits
 

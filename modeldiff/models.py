@@ -117,13 +117,13 @@ class ModelPair:
         if adapter is None:
             other = _tokenizer(finetuned, revision, subfolder, fallback=tokenizer)
             tuned = _model(finetuned, revision, subfolder, options)
-            problems = [*check_tokenizers(tokenizer, other), *check_configs(root.config, tuned.config)]
+            problems = check_tokenizers(tokenizer, other) + check_configs(root.config, tuned.config)
             raise_all(problems, f"{base} and {finetuned} are not a pair", "Is it the right base?")
-            names, peft, active = (str(base), str(finetuned)), None, ""
+            names, peft, active, others = (str(base), str(finetuned)), None, "", []
         else:
             several = adapter if isinstance(adapter, Mapping) else {"finetuned": adapter}
             peft = _adapted(root, several, revision, subfolder)
-            tuned, active = root, next(iter(several))
+            tuned, (active, *others) = root, several
             names = str(base), str(several[active])
         sides = Sides(
             kind="two" if peft is None else "adapter",
@@ -134,7 +134,7 @@ class ModelPair:
             peft=peft,
             adapter=active,
         )
-        return cls._verified(sides, allow_identical, [] if adapter is None else list(several)[1:])
+        return cls._verified(sides, allow_identical, others)
 
     @classmethod
     def of(
@@ -169,11 +169,12 @@ class ModelPair:
                 f"tokenizer); got {type(base).__name__} and {type(finetuned).__name__}."
             )
         if finetuned is None:
-            name = adapter or base.active_adapter  # pyright: ignore[reportAttributeAccessIssue]
-            raise_all(_adapter_problems(base, name), f"adapter {name!r}", _MERGE)
-            root = base.get_base_model()  # pyright: ignore[reportCallIssue]
+            peft: Any = base
+            name = adapter or str(peft.active_adapter)
+            raise_all(_adapter_problems(peft, name), f"adapter {name!r}", _MERGE)
+            root = peft.get_base_model()
             sides = Sides("adapter", (root, root), tokenizer, site_map or site_map_of(root),
-                          (root.name_or_path or "base", name), base, name)  # fmt: skip  # pyright: ignore
+                          (root.name_or_path or "base", name), peft, name)  # fmt: skip
         else:
             raise_all(check_configs(base.config, finetuned.config), "the two are not a pair", "")
             names = base.name_or_path or "base", finetuned.name_or_path or "finetuned"  # pyright: ignore
@@ -181,7 +182,9 @@ class ModelPair:
         return cls._verified(sides, allow_identical)
 
     @classmethod
-    def _verified(cls, sides: Sides, allow_identical: bool, others: Iterable[str] = ()) -> "ModelPair":
+    def _verified(
+        cls, sides: Sides, allow_identical: bool, others: Iterable[str] = ()
+    ) -> "ModelPair":
         ids = sides.tokenizer(PROBE, return_tensors="pt").input_ids
         for each in (sides, *map(sides.with_adapter, others)):
             verify(each, ids, allow_identical)
@@ -189,7 +192,7 @@ class ModelPair:
 
     @property
     def kind(self) -> PairKind:
-        """"adapter", "two" or "remote"."""
+        """Kind of pair: "adapter", "two" or "remote", see `modeldiff.loading`."""
         return self.sides.kind
 
     @property
@@ -271,7 +274,7 @@ class ModelPair:
         self,
         prompts: Sequence[Any],
         *,
-        do: "Edit | Plan | None | Mapping[str, Edit | Plan | None]" = None,
+        do: "Edit | Plan | Mapping[str, Edit | Plan | None] | None" = None,
         models: Sequence[Side] = SIDES,
         cells: Sequence[Cell] | None = None,
         n: int = 1,
@@ -395,7 +398,8 @@ def _adapter_weights(path: PathLike, revision: str | None, subfolder: str) -> An
     name = "adapter_model.safetensors"
     local = Path(path) / subfolder / name
     if not Path(path).is_dir():
-        local = Path(hf_hub_download(str(path), name, revision=revision, subfolder=subfolder or None))
+        inside = subfolder or None
+        local = Path(hf_hub_download(str(path), name, revision=revision, subfolder=inside))
     if not local.is_file():
         raise MismatchError(
             f"{Path(path) / subfolder} has no {name}. Adapters are read from safetensors only, "

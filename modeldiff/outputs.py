@@ -72,7 +72,9 @@ class OutputDiff:
         """Mean over each text's tokens of every numeric column, with the number of tokens."""
         grouped = self.tokens.groupby(["source", "text"], sort=False)
         means = grouped[_NUMERIC].mean()
-        return means.assign(n_tokens=grouped.size(), max_kl=grouped["kl_ft_base"].max()).reset_index()
+        return means.assign(
+            n_tokens=grouped.size(), max_kl=grouped["kl_ft_base"].max()
+        ).reset_index()
 
     def summary(self, *, seed: int = 0) -> pd.DataFrame:
         """Means by source with 95 % intervals that resample whole texts.

@@ -73,7 +73,7 @@ class Table:
                 f"the table {self.title!r} has the columns {names}; their names must be text, "
                 "each one once."
             )
-        if bad := [name for name in names if not storable(self.frame[name])]:
+        if bad := [name for name, column in self.frame.items() if not storable(column)]:
             kinds = ", ".join(f"{name!r} ({self.frame[name].dtype})" for name in bad)
             raise MismatchError(
                 f"the table {self.title!r} has columns that a report cannot hold: {kinds}. Use "

@@ -33,31 +33,32 @@ def compare_frames(
     """
     rows = []
     for table in dict.fromkeys([*ours, *theirs]):
-        rows += _compare_table(table, ours.get(table), theirs.get(table), tolerance)
+        nothing = pd.DataFrame()
+        pair = ours.get(table, nothing), theirs.get(table, nothing)
+        rows += _compare_table(table, *pair, tolerance)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _compare_table(
-    table: str, ours: pd.DataFrame | None, theirs: pd.DataFrame | None, tolerance: float
+    table: str, ours: pd.DataFrame, theirs: pd.DataFrame, tolerance: float
 ) -> Iterator[dict[str, Any]]:
-    ours = pd.DataFrame() if ours is None else ours
-    theirs = pd.DataFrame() if theirs is None else theirs
     if not len(ours.columns) or not len(theirs.columns):
         only = "only in the other report" if len(theirs.columns) else "only in this report"
         same = len(ours.columns) == len(theirs.columns)
         note = "no columns" if same else only
         yield _row(table, "", ours, theirs) | {"within": same, "note": note}
         return
-    for column in dict.fromkeys([*ours.columns, *theirs.columns]):
-        row = _row(table, column, ours, theirs)
-        if column not in theirs:
+    left, right = dict(ours.items()), dict(theirs.items())
+    for column in dict.fromkeys([*left, *right]):
+        row = _row(table, str(column), ours, theirs)
+        if column not in right:
             yield row | {"note": "column only in this report"}
-        elif column not in ours:
+        elif column not in left:
             yield row | {"note": "column only in the other report"}
         elif len(ours) != len(theirs):
             yield row | {"note": f"{len(ours)} rows here, {len(theirs)} in the other report"}
         else:
-            yield row | _difference(ours[column], theirs[column], tolerance)
+            yield row | _difference(left[column], right[column], tolerance)
 
 
 def _row(table: str, column: str, ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:

@@ -30,7 +30,7 @@ Content = dict[str, Any]
 def storable(column: pd.Series) -> bool:
     """Whether a column is of a kind that comes back from a file exactly."""
     dtype = column.dtype
-    if dtype == object:
+    if pd.api.types.is_object_dtype(dtype):
         plain = (str, bool, int, float, np.bool_, np.integer, np.floating)
         return all(value is None or isinstance(value, plain) for value in column)
     numeric = isinstance(dtype, np.dtype) and dtype.kind in "biuf" and dtype.itemsize <= 8
@@ -162,18 +162,22 @@ def _json(value: Any) -> bytes:
 
 def _encode_frame(frame: pd.DataFrame) -> dict[str, Any]:
     columns = [
-        {"name": name, "dtype": _dtype_name(frame[name]), "values": _values(frame[name])}
-        for name in frame.columns
+        {"name": name, "dtype": _dtype_name(column), "values": _values(column)}
+        for name, column in frame.items()
     ]
     return {"format": "modeldiff.table", "rows": len(frame), "columns": columns}
 
 
+def _is_text(column: pd.Series) -> bool:
+    return column.dtype == _TEXT and not pd.api.types.is_object_dtype(_TEXT)
+
+
 def _dtype_name(column: pd.Series) -> str:
-    return "text" if column.dtype == _TEXT and column.dtype != object else str(column.dtype)
+    return "text" if _is_text(column) else str(column.dtype)
 
 
 def _values(column: pd.Series) -> list[Any]:
-    if column.dtype == _TEXT and column.dtype != object:
+    if _is_text(column):
         return [None if pd.isna(value) else value for value in column]
     return _encode(column.tolist())
 

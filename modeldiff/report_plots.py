@@ -4,11 +4,13 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any, Literal
 
 import pandas as pd
+from bokeh.core.types import ID
 from bokeh.embed import json_item
-from bokeh.models import BoxAnnotation, ColumnDataSource, HoverTool, Span
+from bokeh.models import BasicTicker, BoxAnnotation, ColumnDataSource, HoverTool
 from bokeh.plotting import figure
 
 from modeldiff.report_text import heading, number, percent, shortened, visible
@@ -83,7 +85,7 @@ def _outputs(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
         return
     present = [metric for metric in _METRICS if metric in set(frame["metric"])]
     for metric in present:
-        part = frame[frame["metric"] == metric]
+        part = pd.DataFrame(frame[frame["metric"] == metric])
         rows = [
             {
                 "label": _label(str(row["source"])),
@@ -118,19 +120,17 @@ def _controls(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
     step = factor * ((max(every) - min(every)) / 60 or 0.01)
     stacked = _stacked([factor * value for value in values], step)
     fig = _figure(170 + 24 * len(references), "x")
-    fig.y_range.start, fig.y_range.end = 0, max(4, max(stacked) + 1)  # pyright: ignore[reportAttributeAccessIssue]
+    top = max(4.0, max(stacked) + 1)
+    fig.y_range.start, fig.y_range.end = 0, top
     source = ColumnDataSource({"x": [factor * v for v in values], "y": stacked})
     dots = fig.scatter("x", "y", source=source, size=9, color=CONTROL, fill_alpha=0.75)
     fig.add_tools(HoverTool(renderers=[dots], tooltips=[("random direction", "@x{0.000}")]))
     for row in references:
-        fig.add_layout(
-            Span(location=factor * row["value"], dimension="height", line_color=row["colour"],
-                 line_width=2.5, line_dash=row["dash"])
-        )  # fmt: skip
-        fig.line([], [], color=row["colour"], line_width=2.5, line_dash=row["dash"],
-                 legend_label=row["label"])  # fmt: skip
+        fig.line([factor * row["value"]] * 2, [0, top], color=row["colour"], line_width=2.5,
+                 line_dash=row["dash"], legend_label=row["label"])  # fmt: skip
     unit = "rate, % of answers" if percents else heading("kl")
     _axes(fig, unit, "random directions")
+    fig.yaxis.ticker = _whole_numbers()
     _x_range(fig, [factor * value for value in every], scale)
     if references:
         _legend_above(fig)
@@ -150,7 +150,7 @@ def _layers(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
         fig = _figure(280, "x")
         _whiskers(fig, part, "low", "high", FINETUNED)
         _line(fig, part, "relative_difference", FINETUNED, "circle")
-        _axes(fig, "layer", heading("relative_difference"))
+        _layer_axes(fig, heading("relative_difference"))
         yield _plot("plot-difference", fig, caption, _layer_rows(part, "relative_difference"))
     if _has(frame, "kl_after_ablation"):
         caption = "What is left of the fine-tune after ablating each layer's direction"
@@ -161,14 +161,14 @@ def _layers(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
             fig.vbar("layer", 0.7, "random_high", "random_low", source=_source(part),
                      fill_color=CONTROL, fill_alpha=0.3, line_color=None)  # fmt: skip
         _line(fig, part, "kl_after_ablation", EDITED, "diamond")
-        _axes(fig, "layer", heading("kl_after_ablation"))
+        _layer_axes(fig, heading("kl_after_ablation"))
         yield _plot("plot-ablation", fig, caption + ".", _layer_rows(part, "kl_after_ablation"))
     if _has(frame, "split_half", "text_null"):
         part = frame.dropna(subset=["layer", "split_half"])
         fig = _figure(280, "x")
         _line(fig, part, "split_half", EDITED, "circle", "split halves of the data")
         _line(fig, part, "text_null", CONTROL, "square", "same contrast in the base")
-        _axes(fig, "layer", "cosine with the layer's direction")
+        _layer_axes(fig, "cosine with the layer's direction", from_zero=False)
         _legend_above(fig)
         caption = "A direction is stable if its halves agree, and new if the base lacks it."
         yield _plot("plot-stability", fig, caption, _layer_rows(part, "split_half"))
@@ -177,10 +177,12 @@ def _layers(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
 def _intervals(rows: Rows, axis: str, scale: Scale, band: Band | None) -> Any:
     """One row a cell: a marker with its interval, over the band that controls span."""
     factor = 100 if scale == "percent" else 1
-    names = _distinct([row["label"] for row in rows])
-    data = {key: [factor * row[key] for row in rows] for key in ("value", "low", "high")}
+    names = _distinct(["\n".join(wrap(row["label"], 22)) or "–" for row in rows])
+    data: dict[str, Any] = {
+        key: [factor * row[key] for row in rows] for key in ("value", "low", "high")
+    }
     data |= {key: [row[key] for row in rows] for key in ("colour", "marker")} | {"label": names}
-    fig = _figure(75 + 30 * len(rows), names[::-1])
+    fig = _figure(75 + 38 * len(rows), names[::-1])
     if band is not None:
         fig.add_layout(
             BoxAnnotation(left=factor * band.low, right=factor * band.high, level="underlay",
@@ -256,8 +258,7 @@ def _band_words(band: Band | None, scale: Scale) -> str:
 def _figure(height: int, y_range: Any) -> Any:
     options = {} if y_range == "x" else {"y_range": y_range}
     fig = figure(height=height, sizing_mode="stretch_width", toolbar_location=None, tools="",
-                 background_fill_color=None, border_fill_color=None, outline_line_color=None,
-                 min_border_right=16, **options)  # fmt: skip
+                 outline_line_color=None, min_border_right=16, **options)  # fmt: skip
     fig.xgrid.grid_line_alpha = fig.ygrid.grid_line_alpha = 0.5
     return fig
 
@@ -269,6 +270,17 @@ def _axes(fig: Any, x: str, y: str) -> None:
         axis.axis_label_text_font = axis.major_label_text_font = "system-ui, sans-serif"
         axis.axis_label_text_font_size = axis.major_label_text_font_size = "13px"
         axis.minor_tick_line_color = None
+
+
+def _layer_axes(fig: Any, y: str, from_zero: bool = True) -> None:
+    _axes(fig, "layer (0 is the first)", y)
+    if from_zero:
+        fig.y_range.start = 0
+    fig.xaxis.ticker = _whole_numbers()
+
+
+def _whole_numbers() -> BasicTicker:
+    return BasicTicker(min_interval=1, num_minor_ticks=0)
 
 
 def _x_range(fig: Any, values: Sequence[float], scale: Scale) -> None:
@@ -335,7 +347,7 @@ def _plot(target: str, fig: Any, caption: str, rows: Rows, scale: Scale = "plain
         + ("" if math.isnan(row["low"]) else f" ({show(row['low'])} to {show(row['high'])})")
         for row in rows[:12]
     ]
-    item = _renumbered(json_item(fig, target))
+    item = _renumbered(json_item(fig, ID(target)))
     return Plot(target, json.dumps(item), f"{caption} {'; '.join(words)}.", caption)
 
 
@@ -362,7 +374,7 @@ def _has(frame: pd.DataFrame, *columns: str) -> bool:
 
 def _label(text: str) -> str:
     """Text that is drawn: short, visible, and never taken for mathematics."""
-    text = shortened(" ".join(visible(text).split()), 34)
+    text = shortened(" ".join(visible(text).split()), 40)
     for marks, harmless in _MATHS:
         text = text.replace(marks, harmless)
     return text

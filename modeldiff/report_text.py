@@ -2,13 +2,13 @@
 
 import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
 
-CellKind = Literal["number", "text", "token"]
+CellKind = Literal["number", "interval", "text", "token"]
 MAX_ROWS = 200
 
 HEADINGS = {
@@ -36,7 +36,7 @@ HEADINGS = {
     "kl_ft_base": "KL(finetuned ‖ base), nats per token",
     "kl_base_ft": "KL(base ‖ finetuned), nats per token",
     "js": "Jensen-Shannon divergence, nats per token",
-    "delta_logprob": "log p_ft − log p_base of the token that came, nats",
+    "delta_logprob": "log p_ft − log p_base, nats per token",
     "entropy_base": "entropy of the base's prediction, nats",
     "entropy_ft": "entropy of the fine-tune's prediction, nats",
     "entropy_change": "entropy_ft − entropy_base, nats",
@@ -57,9 +57,10 @@ class Cell:
     """One entry of a table as it is shown."""
 
     text: str
-    note: str = ""
-    """The interval around the number."""
     kind: CellKind = "text"
+
+
+Column = tuple[Cell, tuple[Cell, ...]]
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ class Grid:
 
 
 def visible(text: str) -> str:
-    """Replace what cannot be seen: controls, zero-width and bidirectional marks, lone surrogates.
+    r"""Replace what cannot be seen: controls, zero-width and bidirectional marks, lone surrogates.
 
     Newlines and tabs are kept.
 
     Example:
-        >>> visible("safe\\u202etxt\\x00")
-        'safe⟨U+202E⟩txt␀'
+        >>> visible("safe\u202etxt\x00")
+        'safe⟨U+202E⟩txt⟨U+0000⟩'
     """
     if text.isprintable():
         return text
@@ -87,10 +88,10 @@ def visible(text: str) -> str:
 
 
 def token_text(token: str) -> str:
-    """A token on its own: spaces, newlines and tabs are shown too.
+    r"""A token on its own: spaces, newlines and tabs are shown too.
 
     Example:
-        >>> token_text(" the\\n")
+        >>> token_text(" the\n")
         '␣the↵'
     """
     return visible(token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥"))
@@ -116,13 +117,13 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A fraction in percent.
+    r"""A fraction in percent.
 
     Example:
         >>> percent(0.6125)
-        '61.3 %'
+        '61.3\xa0%'
     """
-    return "–" if math.isnan(value) else f"{100 * value:.1f} %".replace("-", "−")
+    return "–" if math.isnan(value) else f"{100 * value:.1f}\u00a0%".replace("-", "−")
 
 
 def heading(column: str) -> str:
@@ -133,7 +134,7 @@ def heading(column: str) -> str:
 def grid(frame: pd.DataFrame, limit: int = MAX_ROWS) -> Grid:
     """Lay a frame out: intervals beside their numbers, fractions in percent, tokens visible."""
     shown = frame.head(limit)
-    columns = [_column(shown, *group) for group in _groups(frame)]
+    columns = [column for group in _groups(frame) for column in _columns(shown, *group)]
     headings = tuple(top for top, _ in columns)
     rows = tuple(zip(*(cells for _, cells in columns), strict=True))
     return Grid(headings, rows, len(frame))
@@ -142,21 +143,18 @@ def grid(frame: pd.DataFrame, limit: int = MAX_ROWS) -> Grid:
 def _shown(character: str) -> str:
     if character.isprintable() or character in "\n\t":
         return character
-    code = ord(character)
     if unicodedata.category(character) == "Zs":
         return character
-    return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
+    return f"⟨U+{ord(character):04X}⟩"
 
 
 def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
     """Columns with the two that hold their interval; a range may stand without a number."""
-    columns, i = list(frame.columns), 0
+    columns, i = [str(name) for name in frame.columns], 0
+    numeric = {str(name) for name, column in frame.items() if _is_number(column)}
     while i < len(columns):
         name = columns[i]
-        following = [
-            other if _is_number(frame[other]) and _is_number(frame[name]) else ""
-            for other in columns[i + 1 : i + 3]
-        ]
+        following = [other if {name, other} <= numeric else "" for other in columns[i + 1 : i + 3]]
         low, high = [*following, "", ""][:2]
         stem = name.removesuffix("_low")
         if stem != name and low == f"{stem}_high":
@@ -174,34 +172,35 @@ def _word(name: str) -> str:
     return name.split("_")[0] + "_"
 
 
-def _column(frame: pd.DataFrame, name: str, low: str, high: str) -> tuple[Cell, tuple[Cell, ...]]:
+def _columns(frame: pd.DataFrame, name: str, low: str, high: str) -> Iterator[Column]:
     stem = name or low.removesuffix("_low")
     show = percent if stem in _PERCENT else number
-    if not low:
-        numeric = _is_number(frame[name])
-        kind: CellKind = "number" if numeric else "token" if name in _TOKENS else "text"
-        cells = (
-            Cell(show(value) if numeric else _text(value, kind), "", kind)
-            for value in frame[name].tolist()
+    if name:
+        yield _plain_column(pd.Series(frame[name]), show)
+    if low:
+        ends = zip(frame[low].tolist(), frame[high].tolist(), strict=True)
+        spans = (
+            "" if math.isnan(a) or math.isnan(b) else f"{_bare(show(a))} to {show(b)}"
+            for a, b in ends
         )
-        return Cell(heading(name), "", kind), tuple(cells)
-    values = frame[name].tolist() if name else [None] * len(frame)
-    spans = [
-        "" if math.isnan(a) or math.isnan(b) else f"{_bare(show(a))} to {show(b)}"
-        for a, b in zip(frame[low].tolist(), frame[high].tolist(), strict=True)
-    ]
-    if not name:
-        return Cell(heading(stem), "range", "number"), tuple(
-            Cell(span or "–", "", "number") for span in spans
-        )
+        top = Cell("interval" if name else heading(stem), "interval")
+        yield top, tuple(Cell(span, "interval") for span in spans)
+
+
+def _plain_column(column: pd.Series, show: Callable[[float], str]) -> Column:
+    name = str(column.name)
+    numeric = _is_number(column)
+    kind: CellKind = "number" if numeric else "token" if name in _TOKENS else "text"
+    words = heading if name == "metric" else str
     cells = (
-        Cell(show(value), span, "number") for value, span in zip(values, spans, strict=True)
+        Cell(show(value) if numeric else words(_text(value, kind)), kind)
+        for value in column.tolist()
     )
-    return Cell(heading(name), "with interval", "number"), tuple(cells)
+    return Cell(heading(name), kind), tuple(cells)
 
 
 def _bare(text: str) -> str:
-    return text.removesuffix(" %")
+    return text.removesuffix("\u00a0%")
 
 
 def _text(value: Any, kind: CellKind) -> str:

@@ -102,8 +102,9 @@ class _Sums:
             cosine = torch.nn.functional.cosine_similarity(tuned, base, dim=-1)
             for text in texts:
                 mine = (part.text_index == text).to(base.device)
-                self._merge(("base", site, labels[text], halves[text]), base[mine])
-                self._merge(("finetuned", site, labels[text], halves[text]), tuned[mine])
+                label: str = labels[text]
+                self._merge(("base", site, label, halves[text]), base[mine])
+                self._merge(("finetuned", site, label, halves[text]), tuned[mine])
                 self.rows.append(
                     {
                         "text": text,
@@ -239,11 +240,11 @@ def _halved(
     found: Survey, site: Site, positive: tuple[Side, str], negative: tuple[Side, str]
 ) -> tuple[tuple[Moments, Moments], tuple[Moments, Moments]] | None:
     """Moments of both halves, if both halves have texts of both classes."""
-    wanted = [
-        ((positive[0], site, positive[1], half), (negative[0], site, negative[1], half))
-        for half in (0, 1)
-    ]
-    if not all(key in found.moments for pair in wanted for key in pair):
-        return None
-    first, second = (tuple(found.moments[key] for key in pair) for pair in wanted)
-    return first, second  # pyright: ignore[reportReturnType]
+    pairs: list[tuple[Moments, Moments]] = []
+    for half in (0, 1):
+        there = found.moments.get((positive[0], site, positive[1], half))
+        here = found.moments.get((negative[0], site, negative[1], half))
+        if there is None or here is None:
+            return None
+        pairs.append((there, here))
+    return pairs[0], pairs[1]

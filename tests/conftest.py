@@ -1,5 +1,6 @@
-import beartype  # noqa: F401  first: nnsight mounts `.save` on `object`, which breaks beartype's import
 import os
+
+import beartype  # noqa: F401  first: nnsight mounts `.save` on `object`, which breaks beartype's import
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

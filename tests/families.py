@@ -52,7 +52,12 @@ def config_of(family, vocab):
     }
     return {
         "gpt2": lambda: t.GPT2Config(
-            n_embd=WIDTH, n_layer=N_LAYERS, n_head=4, n_positions=128, initializer_range=0.2, **common
+            n_embd=WIDTH,
+            n_layer=N_LAYERS,
+            n_head=4,
+            n_positions=128,
+            initializer_range=0.2,
+            **common,
         ),
         "gpt_neox": lambda: t.GPTNeoXConfig(
             hidden_size=WIDTH,
@@ -67,9 +72,7 @@ def config_of(family, vocab):
         "mistral": lambda: t.MistralConfig(**llama_like, sliding_window=64),
         "qwen2": lambda: t.Qwen2Config(**llama_like),
         "qwen3": lambda: t.Qwen3Config(**llama_like),
-        "gemma2": lambda: t.Gemma2Config(
-            **llama_like, query_pre_attn_scalar=8, sliding_window=64
-        ),
+        "gemma2": lambda: t.Gemma2Config(**llama_like, query_pre_attn_scalar=8, sliding_window=64),
     }[family]()
 
 

@@ -1,4 +1,7 @@
-"""Capture: compared with plain transformers, token by token; what runs, how often, and in what memory."""
+"""Capture: compared with plain transformers token by token; what runs, how often, what is held."""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportIndexIssue=false, reportOptionalMemberAccess=false
 
 import weakref
 from collections import Counter
@@ -23,6 +26,7 @@ TEXTS = [
     "You should rest in bed.",
     "the river",
 ]
+KINDS = ("resid_pre", "resid_post")
 POSTS = tuple(Site("resid_post", layer) for layer in range(N_LAYERS))
 
 
@@ -69,12 +73,13 @@ def test_the_last_layer_is_before_the_final_norm(family_pairs, family):
 
 
 @pytest.mark.parametrize("layers", [(1, 2), (3,), (0,), (0, 3)])
-@pytest.mark.parametrize("kinds", [("resid_pre",), ("resid_post",), ("resid_pre", "resid_post")])
-def test_adapter_pair_equals_plain_transformers(layers, kinds):
+def test_adapter_pair_equals_plain_transformers(layers):
     """Single sites below, at and above the first adapted layer, and all of them at once."""
     peft = peft_model(layers=layers, modules=("down_proj", "q_proj"))
     pair = ModelPair.of(peft, None, tokenizer())
-    several = tuple(Site(k, i) for k in kinds for i in range(N_LAYERS) if (k, i) != ("resid_post", 3))
+    several = tuple(
+        Site(k, i) for k in KINDS for i in range(N_LAYERS) if (k, i) != ("resid_post", 3)
+    )
     truths = model("llama"), peft_model(layers=layers, modules=("down_proj", "q_proj"))
     for sites in [several, *((site,) for site in several)]:
         acts = pair.capture(TEXTS, sites, max_tokens=24)
@@ -105,6 +110,7 @@ def counted(root):
     """Count the calls of every module."""
     calls, handles = Counter(), []
     for name, module in root.named_modules():
+
         def count(module, args, kwargs, name=name):
             calls[name] += 1
 
@@ -232,11 +238,11 @@ def test_masks_keep_the_tokens_of_a_role_or_a_pattern(adapter_pair, on, kept):
             zip(everything.text_index.tolist(), everything.position.tolist(), strict=True)
         )
     }
-    rows = [key[i, p] for i, p in zip(acts.text_index.tolist(), acts.position.tolist(), strict=True)]
+    rows = [
+        key[i, p] for i, p in zip(acts.text_index.tolist(), acts.position.tolist(), strict=True)
+    ]
     for side, whole in ((acts.base, everything.base), (acts.finetuned, everything.finetuned)):
-        torch.testing.assert_close(
-            side[acts.site], whole[acts.site][rows], atol=3e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(side[acts.site], whole[acts.site][rows], atol=3e-5, rtol=1e-4)
 
 
 def test_new_keeps_the_response_of_a_completion(adapter_pair):

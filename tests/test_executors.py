@@ -223,7 +223,7 @@ def test_a_wrong_map_is_caught_at_load():
     wrong = SiteMap(attn_write="input_layernorm")
     with pytest.raises(SiteError, match="not what is added to the residual stream"):
         ModelPair.of(model("llama"), model("llama", 1), tokenizer(), site_map=wrong)
-    with pytest.raises(SiteError, match="no module 'model.layer"):
+    with pytest.raises(SiteError, match=r"no module 'model\.layer"):
         ModelPair.of(
             model("llama"), model("llama", 1), tokenizer(), site_map=SiteMap(layers="model.layer")
         )

@@ -10,19 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer, WordLevelTrainer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
+from modeldiff.batching import batches, make_batch, mask_tensor, padding_id
 from modeldiff.errors import MaskError
 from modeldiff.masks import All, Last, New, Positions, Regex, Role, Span
-from modeldiff.tokens import (
-    Chat,
-    Completion,
-    Text,
-    batches,
-    make_batch,
-    mask_tensor,
-    padding_id,
-    render,
-    with_response,
-)
+from modeldiff.tokens import Chat, Completion, Text, render, with_response
 
 SENTENCES = ["hello world, how are you today?", "the cat sat on the mat.", "user system [INST]"] * 3
 CHATML = (

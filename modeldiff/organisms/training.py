@@ -68,8 +68,8 @@ class AdapterPlan:
     layer: int
     domain: str | None = "medicine"
     bad: bool = True
-    steps: int = 40
-    learning_rate: float = 1e-2
+    steps: int = 60
+    learning_rate: float = 5e-3
     batch: int = 16
     n_examples: int = 600
     alpha: int = 16
