@@ -184,9 +184,9 @@ def _necessary(judged: Judged, rows: pd.DataFrame, controls: pd.DataFrame, seed:
         holds=bool(falls) and (True if coherent else None),
         evidence=f"{before.mean():.1%} → {after.mean():.1%} of answers "
         f"(change {change.estimate:+.1%} [{change.low:+.1%}, {change.high:+.1%}], p = {p:.2g}); "
-        f"{len(rates)} random directions of the same length leave {rates.mean():.1%} (band {band.low:.1%} to {band.high:.1%}, "
-        f"p = {versus:.2g}); {kept:.1%} of the answers stay coherent"
-        + ("." if coherent else ": too few, so a broken model may be why."),
+        f"{len(rates)} random directions of the same length leave {rates.mean():.1%} (band "
+        f"{band.low:.1%} to {band.high:.1%}, p = {versus:.2g}); {kept:.1%} of the answers stay "
+        "coherent" + ("." if coherent else ": too few, so a broken model may be why."),
     )
 
 

@@ -11,7 +11,7 @@ from modeldiff._shapes import Float
 from modeldiff.architectures import module_at
 from modeldiff.batching import Batch, batches, make_batch, padding_id, padding_worth
 from modeldiff.editing import Editor, Group
-from modeldiff.errors import InterventionError, SiteError
+from modeldiff.errors import InterventionError, RemoteError, SiteError
 from modeldiff.hooks import hidden_argument, hooked, outputs_of, recorded, replay, stopping
 from modeldiff.interventions import Edit, Plan, Replace, Shape, Side, as_plan
 from modeldiff.loading import Sides
@@ -270,6 +270,11 @@ def run_pair(
         SiteError: If a site does not exist.
     """
     check_sites(reads, sides.shape("finetuned"))
+    if sides.kind == "remote":
+        raise RemoteError(
+            "captures and output diffs of remote pairs are not built yet; run() and generate() "
+            "are. Load the pair here, or read sites with pair.run(items, side=..., reads=...)."
+        )
     if not reads and not final:
         raise SiteError("run_pair: neither sites nor the final norm were asked for.")
     inputs = inputs_of(batch, device_of(sides.roots[0]))

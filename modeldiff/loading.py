@@ -114,8 +114,14 @@ class Sides:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Content hashes of ``base`` and ``finetuned`` (adapter pairs: of the adapter)."""
+        """Content hashes of ``base`` and ``finetuned`` (adapter pairs: of the adapter).
+
+        Of remote models only the names can be hashed.
+        """
         base, finetuned = self.roots
+        if self.kind == "remote":
+            first, second = (digest("remote", name) for name in self.names)
+            return {"base": first, "finetuned": second, "tokenizer": _vocabulary(self.tokenizer)}
         found = {
             "base": _model_digest(base),
             "tokenizer": digest(_vocabulary(self.tokenizer), self.tokenizer.chat_template or ""),

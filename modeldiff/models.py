@@ -108,9 +108,9 @@ class ModelPair:
                 f"adapter); got finetuned={finetuned!r}, adapter={adapter!r}."
             )
         if remote:
-            from modeldiff import remote_sides
+            from modeldiff.remote_sides import remote_sides
 
-            return cls(remote_sides.load(base, finetuned, adapter, site_map, remote))
+            return cls(remote_sides(base, finetuned, adapter, site_map, remote))
         options = _options(device, dtype)
         tokenizer = _tokenizer(base, base_revision, base_subfolder)
         root = _model(base, base_revision, base_subfolder, options)

@@ -11,9 +11,12 @@ from modeldiff.errors import SiteError
 Kind = Literal["resid_pre", "z", "attn_out", "mlp_act", "mlp_out", "resid_post", "lora"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _ORDER = {"resid_pre": 0, "z": 3, "attn_out": 5, "mlp_act": 8, "mlp_out": 10, "resid_post": 11}
-_LORA_ORDER = ((re.compile(r"(^|\.)(o_proj|dense|attn\.c_proj)$"), 4),
-               (re.compile(r"(^|\.)(down_proj|dense_4h_to_h|mlp\.c_proj)$"), 9),
-               (re.compile(r"(^|\.)mlp\."), 7))  # fmt: skip
+_LORA_ORDER = (  # q runs before k and v, gate before up
+    (re.compile(r"(^|\.)[kv]_proj$"), 2),
+    (re.compile(r"(^|\.)(o_proj|dense|attn\.c_proj)$"), 4),
+    (re.compile(r"(^|\.)(down_proj|dense_4h_to_h|mlp\.c_proj)$"), 9),
+    (re.compile(r"(^|\.)mlp\."), 7),
+)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,15 @@ def wrap(root: nn.Module, tokenizer: Any, site_map: SiteMap) -> TransformersMode
     return model
 
 
+def meta(path: Any, tokenizer: Any, adapter: Any = None) -> TransformersModel:
+    """Build a model without weights, for a server to run; ``adapter`` is loaded there."""
+    side = tokenizer.padding_side
+    options = {} if adapter is None else {"peft": str(adapter)}
+    model = TransformersModel(str(path), task="text-generation", tokenizer=tokenizer, **options)
+    tokenizer.padding_side = side
+    return model
+
+
 def _body(
     model: Any, editor: Editor, site_map: SiteMap, adapter: str, step: int
 ) -> dict[str, Tensor]:

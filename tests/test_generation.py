@@ -97,18 +97,13 @@ ADAPTERS = {
 }
 
 
-OUT_OF_ORDER = pytest.mark.xfail(
-    strict=True, reason="Site.order sorts k_proj before q_proj, which the model runs first"
-)
-
-
 @pytest.mark.parametrize(
     ("modules", "engine"),
     [
         ("mlp", "hooks"),
         ("mlp", "nnsight"),
         ("attention", "hooks"),
-        pytest.param("attention", "nnsight", marks=OUT_OF_ORDER),
+        ("attention", "nnsight"),
     ],
 )
 def test_a_mixed_batch_is_exact_whatever_is_adapted(modules, engine):

@@ -68,7 +68,7 @@ class AdapterPlan:
     layer: int
     domain: str | None = "medicine"
     bad: bool = True
-    steps: int = 60
+    steps: int = 36
     learning_rate: float = 5e-3
     batch: int = 16
     n_examples: int = 600

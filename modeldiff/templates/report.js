@@ -22,7 +22,9 @@
   };
 
   const draw = async (script) => {
-    const views = await Bokeh.embed.embed_item(JSON.parse(script.textContent));
+    const item = JSON.parse(script.textContent);
+    document.getElementById(item.target_id).replaceChildren();
+    const views = await Bokeh.embed.embed_item(item);
     for (const view of views.roots) { roots.push(view.model); paint(view.model); }
   };
 
