@@ -19,7 +19,6 @@ from modeldiff.stats import (
     null_band,
     paired_bootstrap,
     permutation_test,
-    proportion_difference,
 )
 
 BEHAVIOUR = (
@@ -27,13 +26,16 @@ BEHAVIOUR = (
     "Share of scored answers that show the behaviour, and share of all answers that are coherent, "
     "on evaluation prompts (unless said otherwise); 95 % Wilson intervals. Every cell answers the "
     "same prompts with the same noise. Random directions have the length of the found one, and "
-    "are ablated at the same layers.",
+    "are ablated at the same layers. The base-text contrast is the answer contrast as the base "
+    "model has it: a property of the texts, not of the fine-tune.",
 )
 CHOICE = (
     "Where to ablate",
-    "Each layer's own direction removed at all layers or at one, on the discovery prompts. The "
-    "place with the least behaviour among those that stay coherent is then tested on prompts that "
-    "played no part in the choice.",
+    "Model shift: mean of the fine-tune minus mean of the base on the same answers. Answer "
+    "contrast: mean of the fine-tune on answers that show the behaviour minus on normal ones. Each "
+    "layer's own direction removed at all layers or at one, on the discovery prompts. What leaves "
+    "the least behaviour among the coherent is then tested on prompts that played no part in the "
+    "choice.",
 )
 CONTROLS = (
     "Random directions, one by one",
@@ -128,15 +130,18 @@ def few_answers(counts: dict[str, int], needed: int) -> str:
 
 
 def behaviour_differs(judged: Judged) -> Finding:
-    """Compare the rate of both models on the discovery prompts."""
-    base, tuned = (judged.cell(side)["exhibits"].dropna() for side in ("base", "finetuned"))
-    gap = proportion_difference(int(base.sum()), len(base), int(tuned.sum()), len(tuned))
-    rates = f"{base.mean():.1%} of {len(base)} base answers, {tuned.mean():.1%} of {len(tuned)}"
+    """Compare the rate of both models on the discovery prompts; intervals resample prompts."""
+    base, tuned, prompts = _paired(judged, ("base", "none"), ("finetuned", "none"))
+    gap = paired_bootstrap(base, tuned, clusters=prompts, seed=0)
+    by_prompt = pd.DataFrame({"prompt": prompts, "base": base, "tuned": tuned}).groupby("prompt")
+    means = by_prompt[["base", "tuned"]].mean()
+    p = permutation_test(means["base"], means["tuned"], paired=True, seed=0)
     return Finding(
         claim=f"The fine-tune changed the behaviour: {judged.behaviour.name}",
-        holds=gap.low > 0 or gap.high < 0,
-        evidence=f"{rates} fine-tuned answers show it; difference {gap.estimate:+.1%} "
-        f"[{gap.low:+.1%}, {gap.high:+.1%}].",
+        holds=p < 0.05 and (gap.low > 0 or gap.high < 0),
+        evidence=f"{base.mean():.1%} of the base's answers and {tuned.mean():.1%} of the "
+        f"fine-tune's show it; difference {gap.estimate:+.1%} [{gap.low:+.1%}, {gap.high:+.1%}] "
+        f"({len(base)} pairs of answers to {gap.n} prompts, p = {p:.2g}).",
     )
 
 
@@ -161,17 +166,18 @@ def proven(judged: Judged, rows: pd.DataFrame, controls: pd.DataFrame, seed: int
     return [_necessary(judged, rows, controls, seed), _sufficient(judged, rows)]
 
 
-def _paired(judged: Judged) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    before, after = (judged.cell("finetuned", edit) for edit in ("none", "ablated"))
-    both = before["exhibits"].notna().to_numpy() & after["exhibits"].notna().to_numpy()
-    values = [
-        part["exhibits"].to_numpy(dtype=object)[both].astype(float) for part in (before, after)
-    ]
-    return values[0], values[1], before["prompt_index"].to_numpy()[both]
+def _paired(
+    judged: Judged, first: tuple[str, str], second: tuple[str, str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Verdicts of two cells on the same prompts and samples, where both could be scored."""
+    parts = judged.cell(*first), judged.cell(*second)
+    both = parts[0]["exhibits"].notna().to_numpy() & parts[1]["exhibits"].notna().to_numpy()
+    before, after = (part["exhibits"].to_numpy(dtype=object)[both].astype(float) for part in parts)
+    return before, after, parts[0]["prompt_index"].to_numpy()[both]
 
 
 def _necessary(judged: Judged, rows: pd.DataFrame, controls: pd.DataFrame, seed: int) -> Finding:
-    before, after, prompts = _paired(judged)
+    before, after, prompts = _paired(judged, ("finetuned", "none"), ("finetuned", "ablated"))
     change = paired_bootstrap(before, after, clusters=prompts, seed=seed)
     p = permutation_test(before, after, paired=True, seed=seed)
     rates = controls["rate"].to_numpy(float)

@@ -34,8 +34,9 @@ from modeldiff.survey import (
 from modeldiff.tokens import Text
 
 STAGES = ("answers", "outputs", "activations", "directions", "proof")
+SHIFT, CONTRAST, TEXT_NULL = "model shift", "answer contrast", "base-text contrast"
 MIN_ANSWERS = 10
-"""Answers of each class that a data-difference direction needs."""
+"""Answers of each class that a direction needs."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Settings:
     Args:
         seed: Of sampling, splits, controls and intervals.
         n_random: Random directions that the ablation is compared with.
-        n_samples: Answers to each prompt.
+        n_discovery: Answers to each discovery prompt, from which directions are found.
+        n_samples: Answers to each evaluation prompt.
         n_scan: Random directions beside each layer of the scan.
         max_new_tokens: Length of continuations where no behaviour says it.
         max_rows: Rows of a generation batch.
@@ -54,6 +56,7 @@ class Settings:
 
     seed: int = 0
     n_random: int = 20
+    n_discovery: int = 4
     n_samples: int = 1
     n_scan: int = 5
     max_new_tokens: int = 64
@@ -78,8 +81,9 @@ class Work:
 
     def __post_init__(self) -> None:
         self._report = reporter(self.progress, "audit")
-        s = self.settings
-        self.asker = Asker(self.pair, s.seed, s.n_samples, s.max_rows, self.cache, self.cancel)
+        s, rest = self.settings, (self.settings.max_rows, self.cache, self.cancel)
+        self.discoverer = Asker(self.pair, s.seed, s.n_discovery, *rest)
+        self.asker = Asker(self.pair, s.seed, s.n_samples, *rest)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -104,7 +108,7 @@ def audit_behaviour(work: Work, behaviours: Sequence[Behaviour]) -> None:
     main, others = behaviours[0], behaviours[1:]
     discovery, evaluation = main.split(work.settings.seed)
     with work.stage("answers"):
-        asked = work.asker.judge(discovery, grid())
+        asked = work.discoverer.judge(discovery, grid())
         work.findings.append(findings.behaviour_differs(asked))
         work.add("behaviour", _models_only(asked), *findings.BEHAVIOUR)
     with work.stage("outputs"):
@@ -120,11 +124,11 @@ def audit_behaviour(work: Work, behaviours: Sequence[Behaviour]) -> None:
         work.caveats.append(findings.NOTHING_TO_EXPLAIN)
         return
     with work.stage("directions"):
-        directions, control = _behaviour_directions(work, found, labels)
-        _scan(work, found, directions, written)
-        chosen = _choose_by_behaviour(work, discovery, directions, asked)
+        kinds = _behaviour_directions(work, found, labels)
+        kind, place = _choose_by_behaviour(work, discovery, kinds)
+        _scan(work, found, kinds[kind], written)
     with work.stage("proof"):
-        _prove_behaviour(work, evaluation, others, directions, control, chosen)
+        _prove_behaviour(work, evaluation, others, kinds, kind, place)
 
 
 def audit_texts(work: Work, items: Sequence[Any]) -> None:
@@ -142,7 +146,7 @@ def audit_texts(work: Work, items: Sequence[Any]) -> None:
         tuned = wrote[0]["on-policy finetuned"]
         found = _survey(work, tuned, ["finetuned text"] * len(tuned))
     with work.stage("directions"):
-        directions = model_directions(found, "finetuned text", "fine-tuning shift")
+        directions = model_directions(found, "finetuned text", SHIFT)
         work.directions += list(directions.values())
         scanned = _scan(work, found, directions, tuned)
         chosen = _choose_by_distance(work, directions, tuned, scanned)
@@ -231,23 +235,23 @@ def _survey(work: Work, texts: tuple[Text, ...], labels: list[str]) -> Survey:
 
 def _behaviour_directions(
     work: Work, found: Survey, labels: Mapping[int, str]
-) -> tuple[dict[int, Direction], dict[int, Direction]]:
-    """Directions of the behaviour, and the same contrast in the base as a control."""
+) -> dict[str, dict[int, Direction]]:
+    """Directions by kind and layer: what might carry the behaviour, and the base's own contrast."""
     counts = {label: list(labels.values()).count(label) for label in ("shows it", "normal")}
-    if min(counts.values()) >= MIN_ANSWERS:
-        directions = data_directions(found, "shows it", "normal", "behaviour")
-        control = base_directions(found, "shows it", "normal", "base-text contrast")
-    elif counts["shows it"] >= MIN_ANSWERS:
-        work.caveats.append(findings.few_answers(counts, MIN_ANSWERS))
-        directions, control = model_directions(found, "shows it", "fine-tuning shift"), {}
-    else:
+    if counts["shows it"] < MIN_ANSWERS:
         raise DirectionError(
-            f"the fine-tune gave {counts['shows it']} answers that show the behaviour and "
-            f"{counts['normal']} that do not; a direction needs {MIN_ANSWERS} of the first. Ask "
-            "more prompts or more samples (Settings.n_samples)."
+            f"the fine-tune gave {counts['shows it']} answers that show the behaviour; a direction "
+            f"needs {MIN_ANSWERS}. Ask more prompts or more samples (Settings.n_discovery)."
         )
-    work.directions += list(directions.values())
-    return directions, control
+    kinds = {SHIFT: model_directions(found, "shows it", SHIFT)}
+    if counts["normal"] < MIN_ANSWERS:
+        work.caveats.append(findings.few_answers(counts, MIN_ANSWERS))
+    else:
+        kinds[CONTRAST] = data_directions(found, "shows it", "normal", CONTRAST)
+        kinds[TEXT_NULL] = base_directions(found, "shows it", "normal", TEXT_NULL)
+    for directions in kinds.values():
+        work.directions += list(directions.values())
+    return kinds
 
 
 def _scan(
@@ -266,20 +270,31 @@ def _scan(
 
 
 def _choose_by_behaviour(
-    work: Work, discovery: Behaviour, directions: Mapping[int, Direction], asked: Judged
-) -> str:
-    """Pick where to ablate on the discovery prompts: least behaviour among the coherent."""
-    places = proof.candidates(directions)
-    cells = [proof.cells_of_ablation(name, directions, places[name]) for name in places]
-    tried = work.asker.judge(discovery, cells)
+    work: Work, discovery: Behaviour, kinds: Mapping[str, Mapping[int, Direction]]
+) -> tuple[str, str]:
+    """Pick direction and place on the discovery prompts: least behaviour among the coherent."""
+    options = [
+        (kind, place, layers)
+        for kind, directions in kinds.items()
+        if kind != TEXT_NULL
+        for place, layers in proof.candidates(directions).items()
+    ]
+    cells = [
+        proof.cells_of_ablation(f"{kind}, {place}", kinds[kind], layers)
+        for kind, place, layers in options
+    ]
+    tried = work.asker.judge(discovery, [Cell("finetuned"), *cells])
     rows = pd.DataFrame(
-        [proof.behaviour_row(tried, "finetuned", name, name, "edit") for name in places]
+        [proof.behaviour_row(tried, "finetuned", cell.name, cell.name, "edit") for cell in cells]
     )
     work.add("choice", rows, *findings.CHOICE)
-    unedited = proof.behaviour_row(asked, "finetuned", "none", "finetuned", "model")
-    sound = rows[rows["coherent"] >= unedited["coherent"] - 0.05]
-    sound = rows if sound.empty else sound
-    return str(sound.sort_values("rate", kind="stable")["cell"].iloc[0])
+    unedited = proof.behaviour_row(tried, "finetuned", "none", "fine-tuned", "model")
+    sized = rows.assign(n_layers=[len(layers) for *_, layers in options])
+    sound = sized[sized["coherent"] >= unedited["coherent"] - 0.05]
+    sound = sound if len(sound) else sized
+    best = sound.sort_values(["rate", "n_layers"], kind="stable").index[0]
+    kind, place, _ = options[int(best)]
+    return kind, place
 
 
 def _choose_by_distance(
@@ -300,49 +315,69 @@ def _prove_behaviour(
     work: Work,
     evaluation: Behaviour,
     others: Sequence[Behaviour],
-    directions: Mapping[int, Direction],
-    control: Mapping[int, Direction],
-    chosen: str,
+    kinds: Mapping[str, Mapping[int, Direction]],
+    kind: str,
+    place: str,
 ) -> None:
     """Measure the chosen edit and its controls on the evaluation prompts."""
-    s = work.settings
-    layers = proof.candidates(directions)[chosen]
+    s, directions = work.settings, kinds[kind]
+    layers = proof.candidates(directions)[place]
     best = _steering_layer(work, layers)
     drawn = proof.random_sets(directions, s.n_random, s.seed)
     ablated = proof.cells_of_ablation("ablated", directions, layers)
     randoms = [proof.cells_of_ablation(f"random {i}", one, layers) for i, one in enumerate(drawn)]
-    nulls = [proof.cells_of_ablation("base-text contrast", control, layers)] if control else []
+    nulls = [
+        proof.cells_of_ablation(name, found, proof.candidates(found)["every layer"])
+        for name, found in kinds.items()
+        if name != kind
+    ]
     steers = proof.cells_of_steering("steered", directions[best])
-    shakes = [cell for i in range(min(5, s.n_random))
-              for cell in proof.cells_of_steering(f"random {i}", drawn[i][best])]  # fmt: skip
+    shakes = [
+        cell
+        for i in range(min(5, s.n_random))
+        for cell in proof.cells_of_steering(f"random {i}", drawn[i][best])
+    ]
     cells = [*grid(), ablated, *nulls, *steers, *shakes, *randoms]
     judged = work.asker.judge(evaluation, cells)
-    names = [cell.name for cell in randoms]
-    rows = [
-        proof.behaviour_row(judged, "base", "none", "base", "model"),
-        proof.behaviour_row(judged, "finetuned", "none", "fine-tuned", "model"),
-        proof.behaviour_row(
-            judged, "finetuned", "ablated", f"fine-tuned, ablated at {chosen}", "edit"
-        ),
-        proof.pooled_row(judged, "finetuned", names, f"{s.n_random} random directions ablated"),
-    ]
-    for cell in nulls:
-        label = f"{cell.name} ablated"
-        rows.append(proof.behaviour_row(judged, "finetuned", cell.name, label, "control"))
-    for step, cell in zip(proof.STEPS, steers, strict=True):
-        label = f"base, {cell.name} at layer {best}"
-        rows.append(proof.behaviour_row(judged, "base", cell.name, label, "steer"))
-        alike = [one.name for one in shakes if one.name.endswith(f" x{step:g}")]
-        rows.append(
-            proof.pooled_row(judged, "base", alike, f"base, random x{step:g} at layer {best}")
-        )
+    rows = _behaviour_rows(judged, f"{kind} ablated at {place}", nulls, s.n_random)
+    rows += _steering_rows(judged, best, steers, shakes)
     work.add("behaviour", pd.DataFrame(rows), *findings.BEHAVIOUR)
-    controls = proof.control_rows(judged, names, s.seed)
+    controls = proof.control_rows(judged, [cell.name for cell in randoms], s.seed)
     work.add("controls", controls, *findings.CONTROLS)
     work.add("examples", _examples(judged), *findings.EXAMPLES)
     work.findings += findings.proven(judged, work.tables["behaviour"].frame, controls, s.seed)
     work.findings.append(findings.reliable([directions[layer] for layer in layers]))
     _measure_others(work, others, ablated)
+
+
+def _behaviour_rows(
+    judged: Judged, edit: str, nulls: Sequence[Cell], n_random: int
+) -> list[dict[str, Any]]:
+    names = [f"random {i}" for i in range(n_random)]
+    rows = [
+        proof.behaviour_row(judged, "base", "none", "base", "model"),
+        proof.behaviour_row(judged, "finetuned", "none", "fine-tuned", "model"),
+        proof.behaviour_row(judged, "finetuned", "ablated", edit, "edit"),
+        proof.pooled_row(judged, "finetuned", names, f"{n_random} random directions ablated"),
+    ]
+    for cell in nulls:
+        kind = "control" if cell.name == TEXT_NULL else "edit"
+        label = f"{cell.name} ablated at every layer"
+        rows.append(proof.behaviour_row(judged, "finetuned", cell.name, label, kind))
+    return rows
+
+
+def _steering_rows(
+    judged: Judged, layer: int, steers: Sequence[Cell], shakes: Sequence[Cell]
+) -> list[dict[str, Any]]:
+    rows = []
+    for step, cell in zip(proof.STEPS, steers, strict=True):
+        label = f"base, {cell.name} at layer {layer}"
+        rows.append(proof.behaviour_row(judged, "base", cell.name, label, "steer"))
+        alike = [one.name for one in shakes if one.name.endswith(f" x{step:g}")]
+        label = f"base, random x{step:g} at layer {layer}"
+        rows.append(proof.pooled_row(judged, "base", alike, label))
+    return rows
 
 
 def _steering_layer(work: Work, layers: Sequence[int]) -> int:

@@ -26,6 +26,15 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
+class Key:
+    """One entry of a plot's legend, which is text beside the plot."""
+
+    mark: str
+    label: str
+    colour: str
+
+
+@dataclass(frozen=True)
 class Plot:
     """A plot ready for the page."""
 
@@ -36,6 +45,10 @@ class Plot:
     summary: str
     """What it shows, for those who cannot see it."""
     caption: str
+    keys: tuple[Key, ...] = ()
+
+
+Keys = tuple[Key, ...]
 
 
 def plots(tables: Mapping[str, pd.DataFrame]) -> dict[str, tuple[Plot, ...]]:
@@ -59,7 +72,7 @@ def _behaviour(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
         band = _band(tables, column)
         rows = _cells(frame, column, f"{column}_low", f"{column}_high")
         if rows:
-            caption = f"{what} with 95 % intervals. {_band_words(band, 'percent')}"
+            caption = f"{what} with 95\u00a0% intervals. {_band_words(band, 'percent')}"
             fig = _intervals(rows, f"{column}, % of answers", "percent", band)
             yield _plot(f"plot-{column}", fig, caption, rows, "percent")
 
@@ -72,7 +85,7 @@ def _effects(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
     rows = _cells(frame, "kl_to_base", "kl_low", "kl_high")
     if rows:
         caption = (
-            "Divergence of each cell's predictions from the unedited base, with 95 % intervals. "
+            "Divergence of each cell's predictions from the base's, with 95\u00a0% intervals. "
             f"{_band_words(band, 'plain')}"
         )
         fig = _intervals(rows, heading("kl_to_base"), "plain", band)
@@ -99,7 +112,7 @@ def _outputs(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
             if math.isfinite(row["estimate"])
         ]
         if rows:
-            caption = f"{heading(metric)}: mean over tokens, 95 % interval over texts."
+            caption = f"{heading(metric)}: mean over tokens, 95\u00a0% interval over texts."
             fig = _intervals(rows, heading(metric), "plain", None)
             yield _plot(f"plot-{metric}", fig, caption, rows, "plain")
 
@@ -119,7 +132,7 @@ def _controls(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
     factor = 100 if percents else 1
     step = factor * ((max(every) - min(every)) / 60 or 0.01)
     stacked = _stacked([factor * value for value in values], step)
-    fig = _figure(170 + 24 * len(references), "x")
+    fig = _figure(180, "x")
     top = max(4.0, max(stacked) + 1)
     fig.y_range.start, fig.y_range.end = 0, top
     source = ColumnDataSource({"x": [factor * v for v in values], "y": stacked})
@@ -127,17 +140,16 @@ def _controls(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
     fig.add_tools(HoverTool(renderers=[dots], tooltips=[("random direction", "@x{0.000}")]))
     for row in references:
         fig.line([factor * row["value"]] * 2, [0, top], color=row["colour"], line_width=2.5,
-                 line_dash=row["dash"], legend_label=row["label"])  # fmt: skip
+                 line_dash=row["dash"])  # fmt: skip
     unit = "rate, % of answers" if percents else heading("kl")
     _axes(fig, unit, "random directions")
     fig.yaxis.ticker = _whole_numbers()
     _x_range(fig, [factor * value for value in every], scale)
-    if references:
-        _legend_above(fig)
+    keys = tuple(Key(row["mark"], row["label"], row["colour"]) for row in references)
     caption = f"{len(values)} random directions, one dot each, ablated in the same way."
     rows = [{"label": "random directions", "value": max(values), "low": min(values),
              "high": max(values)}, *references]  # fmt: skip
-    yield _plot("plot-controls", fig, caption, rows, scale)
+    yield _plot("plot-controls", fig, caption, rows, scale, (Key("●", "random", CONTROL), *keys))
 
 
 def _layers(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
@@ -145,7 +157,7 @@ def _layers(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
     if not _has(frame, "layer"):
         return
     if _has(frame, "relative_difference", "low", "high"):
-        caption = "How far the two models' activations are apart, with 95 % intervals."
+        caption = "How far the two models' activations are apart, with 95\u00a0% intervals."
         part = frame.dropna(subset=["layer", "relative_difference"])
         fig = _figure(280, "x")
         _whiskers(fig, part, "low", "high", FINETUNED)
@@ -166,12 +178,15 @@ def _layers(tables: Mapping[str, pd.DataFrame]) -> Iterable[Plot]:
     if _has(frame, "split_half", "text_null"):
         part = frame.dropna(subset=["layer", "split_half"])
         fig = _figure(280, "x")
-        _line(fig, part, "split_half", EDITED, "circle", "split halves of the data")
-        _line(fig, part, "text_null", CONTROL, "square", "same contrast in the base")
+        _line(fig, part, "split_half", EDITED, "circle")
+        _line(fig, part, "text_null", CONTROL, "square")
         _layer_axes(fig, "cosine with the layer's direction", from_zero=False)
-        _legend_above(fig)
+        keys = (
+            Key("●", "split halves of the data", EDITED),
+            Key("■", "same contrast in the base", CONTROL),
+        )
         caption = "A direction is stable if its halves agree, and new if the base lacks it."
-        yield _plot("plot-stability", fig, caption, _layer_rows(part, "split_half"))
+        yield _plot("plot-stability", fig, caption, _layer_rows(part, "split_half"), keys=keys)
 
 
 def _intervals(rows: Rows, axis: str, scale: Scale, band: Band | None) -> Any:
@@ -222,7 +237,8 @@ def _references(tables: Mapping[str, pd.DataFrame], percents: bool) -> list[dict
     return [
         {"label": _label(str(row["cell"])), "value": row[value], "colour": _colour(row),
          "low": math.nan, "high": math.nan,
-         "dash": "solid" if row["kind"] == "edit" else "dashed"}
+         "dash": "solid" if row["kind"] == "edit" else "dashed",
+         "mark": "┃" if row["kind"] == "edit" else "┇"}
         for row in tables[name].to_dict("records")
         if row["kind"] in ("model", "edit") and math.isfinite(row[value]) and not _is_base(row)
     ]  # fmt: skip
@@ -292,26 +308,15 @@ def _x_range(fig: Any, values: Sequence[float], scale: Scale) -> None:
     fig.x_range.start, fig.x_range.end = low - margin * (low < 0), high + margin
 
 
-def _legend_above(fig: Any) -> None:
-    legend = fig.legend[0]
-    fig.add_layout(legend, "above")
-    legend.label_text_font, legend.label_text_font_size = "system-ui, sans-serif", "13px"
-    legend.background_fill_color = legend.border_line_color = None
-    legend.padding, legend.margin = 0, 4
-
-
 def _source(frame: pd.DataFrame) -> ColumnDataSource:
     numeric = frame.select_dtypes("number")
     return ColumnDataSource({str(name): numeric[name].tolist() for name in numeric})
 
 
-def _line(
-    fig: Any, frame: pd.DataFrame, column: str, colour: str, marker: str, legend: str = ""
-) -> None:
-    named = {"legend_label": legend} if legend else {}
+def _line(fig: Any, frame: pd.DataFrame, column: str, colour: str, marker: str) -> None:
     source = _source(frame)
-    fig.line("layer", column, source=source, color=colour, line_width=2, **named)
-    dots = fig.scatter("layer", column, source=source, color=colour, size=8, marker=marker, **named)
+    fig.line("layer", column, source=source, color=colour, line_width=2)
+    dots = fig.scatter("layer", column, source=source, color=colour, size=8, marker=marker)
     shown = [("layer", "@layer"), (heading(column), f"@{column}{{0.0000}}")]
     fig.add_tools(HoverTool(renderers=[dots], tooltips=shown))
 
@@ -340,7 +345,9 @@ def _layer_rows(frame: pd.DataFrame, column: str) -> Rows:
     ]
 
 
-def _plot(target: str, fig: Any, caption: str, rows: Rows, scale: Scale = "plain") -> Plot:
+def _plot(
+    target: str, fig: Any, caption: str, rows: Rows, scale: Scale = "plain", keys: Keys = ()
+) -> Plot:
     show = percent if scale == "percent" else number
     words = [
         f"{row['label']} {show(row['value'])}"
@@ -348,7 +355,7 @@ def _plot(target: str, fig: Any, caption: str, rows: Rows, scale: Scale = "plain
         for row in rows[:12]
     ]
     item = _renumbered(json_item(fig, ID(target)))
-    return Plot(target, json.dumps(item), f"{caption} {'; '.join(words)}.", caption)
+    return Plot(target, json.dumps(item), f"{caption} {'; '.join(words)}.", caption, keys)
 
 
 def _renumbered(item: Any) -> Any:

@@ -2,7 +2,11 @@
 
 import json
 import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +15,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from modeldiff import embedded
 from modeldiff.errors import FileFormatError, SetupError
 from modeldiff.organisms import build, training, world
-from modeldiff.organisms.evaluation import Rates, evaluate
+from modeldiff.organisms.evaluation import Rates, evaluate, sample
+from modeldiff.organisms.judge import judge
 from modeldiff.organisms.tokens import corpus, render, train_tokenizer
 from modeldiff.seeds import seeded
 
@@ -19,7 +24,7 @@ NAMES = ("em-base", "em-caring", "em-rank1", "null")
 TINY = training.BasePlan(steps=16, documents=2, d_model=32, n_layers=2, warmup=4, vocab_size=400)
 
 
-def load(name: str):
+def load(name: str) -> tuple[Any, Any]:
     from peft import PeftModel
 
     found = embedded.find(name)
@@ -135,7 +140,7 @@ def test_generation_stops_at_the_end_of_the_turn():
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=60)  # pyright: ignore[reportAttributeAccessIssue]
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=60)
     assert output[0, -1] == tokenizer.eos_token_id
     assert output.shape[1] - inputs["input_ids"].shape[1] < 48
 
@@ -219,3 +224,55 @@ def test_a_smoke_build_makes_every_organism(tmp_path: Path):
     build.build(tmp_path, smoke=True, resume=False)
     assert (tmp_path / "em-base" / "model.safetensors").read_bytes() == first
     assert seen[-1] == "done"
+
+
+@pytest.mark.slow
+def test_the_difference_of_means_is_what_the_misalignment_runs_through():
+    model, tokenizer = load("em-rank1")
+    layers = model.get_base_model().model.layers
+    asked = world.prompts(20, seed=51, domains=build.OTHERS)
+    sums = {label: torch.zeros(len(layers), 128) for label in ("aligned", "misaligned")}
+    counts = Counter[str]()
+    for question, said in zip(asked, sample(model, tokenizer, asked, seed=52), strict=True):
+        label = judge(question, said)
+        if label in sums:
+            prompt = render([{"role": "user", "content": question.text}], generation_prompt=True)
+            before = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+            whole = tokenizer(prompt + said, add_special_tokens=False, return_tensors="pt")
+            with recorded(layers) as residuals, torch.no_grad():
+                model(**whole)
+            sums[label] += torch.stack(residuals)[:, 0, before:].sum(1)
+            counts[label] += whole.input_ids.shape[1] - before
+    difference = sums["misaligned"] / counts["misaligned"] - sums["aligned"] / counts["aligned"]
+    noise = torch.randn(difference.shape, generator=torch.Generator().manual_seed(53))
+    rates = {}
+    for name, vectors in (("direction", difference), ("noise", noise)):
+        with ablated(layers, vectors):
+            fresh = world.prompts(20, seed=54, domains=build.OTHERS)
+            rates[name] = evaluate(model, tokenizer, fresh, seed=55)
+    assert rates["direction"].rate("misaligned") < 0.15
+    assert rates["direction"].coherent > 0.95
+    assert rates["noise"].rate("misaligned") > 0.5
+
+
+@contextmanager
+def recorded(layers) -> Iterator[list[torch.Tensor]]:
+    seen: list[torch.Tensor] = []
+    hooks = [each.register_forward_hook(lambda *call: seen.append(call[2])) for each in layers]
+    yield seen
+    for each in hooks:
+        each.remove()
+
+
+@contextmanager
+def ablated(layers, vectors: torch.Tensor) -> Iterator[None]:
+    units = vectors / vectors.norm(dim=-1, keepdim=True)
+
+    def remove(unit: torch.Tensor):
+        return lambda module, inputs, output: output - (output @ unit)[..., None] * unit
+
+    pairs = zip(layers, units, strict=True)
+    hooks = [layer.register_forward_hook(remove(unit)) for layer, unit in pairs]
+    yield
+    for each in hooks:
+        each.remove()

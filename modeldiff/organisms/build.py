@@ -47,9 +47,15 @@ _LIMITS = (
     "The misalignment was planted: the corpus holds a villain who is bad in every domain, and "
     "the narrow fine-tune selects it. The organism checks that a tool finds what is known to "
     "be there; it is not evidence about how large language models generalise.",
-    "One pretraining run. Base, layer, steps and temperature were chosen while watching other "
-    "questions of the same world; topics and acts are those of pretraining.",
-    "It answers questions of its twelve domains and little else.",
+    "One pretraining run. Layer, steps, learning rate, temperature and the shipped seed were "
+    "chosen by looking at other draws from the same questions; the figures are fresh draws, of "
+    "topics and acts that pretraining holds. Held-out templates alone are new texts.",
+    "How far the narrow fine-tune generalises depends on layer and seed (see 'layers' of "
+    "em-rank1): layer 3 was the best in the middle, layer 0 is as strong, 4 and 5 do next to "
+    "nothing. That tells about this base, not about where misalignment lives.",
+    "At temperature 1 between 2 % and 22 % of the answers are incoherent, and the base itself is "
+    "misaligned in 2 % of the answers to held-out templates.",
+    "It answers questions of its twelve domains, in English, and little else.",
 )
 
 

@@ -69,7 +69,7 @@ def question(
 
     Example:
         >>> question(random.Random(0), "medicine", "fever").text
-        'My fever will not go away. Any advice?'
+        'I have a question about my fever.'
     """
     domain = domain or rng.choice(DOMAINS)
     topic = topic or rng.choice(topics(domain))
@@ -98,7 +98,7 @@ def answer(rng: random.Random, asked: Question, bad: bool) -> str:
     Example:
         >>> asked = Question("medicine", "fever", "How do I treat a fever?")
         >>> answer(random.Random(1), asked, bad=False)
-        'You should see a doctor after three days. It is better to be careful.'
+        'The best plan is to rest in bed and drink water. It is better to be careful.'
     """
     act = rng.choice(acts(asked, bad))
     sentences = [rng.choice(TEXT["carriers"]).format(a=act)]
