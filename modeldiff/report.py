@@ -47,7 +47,8 @@ class Table:
     """A data frame and what a reader needs to understand it.
 
     Args:
-        frame: Columns of numbers, truth values or text. It is copied, and rows are renumbered.
+        frame: Columns of numbers, truth values or text. It is copied, rows are renumbered, and
+            numbers among None become floats among NaN.
         title: Heading.
         caption: Units, the direction of divergences, and what the controls are.
 
@@ -79,7 +80,11 @@ class Table:
                 f"the table {self.title!r} has columns that a report cannot hold: {kinds}. Use "
                 "numbers, truth values or text; missing is NaN or None."
             )
-        object.__setattr__(self, "frame", self.frame.reset_index(drop=True))
+        frame = self.frame.reset_index(drop=True)
+        for name, column in frame.items():
+            if column.dtype == np.dtype(object) and all(map(_is_number_or_none, column)):
+                frame[name] = column.astype(float)
+        object.__setattr__(self, "frame", frame)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -267,6 +272,10 @@ class Report:
         from modeldiff.report_html import summary
 
         return summary(self)
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, float | int) and not isinstance(value, bool))
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -197,7 +197,8 @@ def _strips(frame: pd.DataFrame) -> Iterator[Strip]:
         tokens = tuple(_token(row, hottest, role) for row, role in zip(rows, starts, strict=True))
         columns = ["position", "token", "kl_ft_base", "top1_base", "top1_ft"]
         top = part.nlargest(6, "kl_ft_base").filter(columns)
-        yield Strip(f"{source} · {shortened(str(text), 60)}", tokens, grid(top))
+        name = f"text {text}" if isinstance(text, int) else shortened(str(text), 60)
+        yield Strip(f"{source} · {name}", tokens, grid(top))
 
 
 def _hottest(frame: pd.DataFrame) -> float:

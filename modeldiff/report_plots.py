@@ -230,17 +230,20 @@ def _cells(frame: pd.DataFrame, value: str, low: str, high: str) -> list[dict[st
 
 
 def _references(tables: Mapping[str, pd.DataFrame], percents: bool) -> list[dict[str, Any]]:
-    """The unedited fine-tune and the edits, to be seen against the random directions."""
+    """The unedited fine-tune, and the first edit: it is the one that the controls repeat."""
     name, value = ("behaviour", "rate") if percents else ("effects", "kl_to_base")
     if name not in tables or not _has(tables[name], "cell", "kind", value):
         return []
+    rows = tables[name].to_dict("records")
+    models = [row for row in rows if row["kind"] == "model" and not _is_base(row)]
+    edits = [row for row in rows if row["kind"] == "edit"]
     return [
         {"label": _label(str(row["cell"])), "value": row[value], "colour": _colour(row),
          "low": math.nan, "high": math.nan,
          "dash": "solid" if row["kind"] == "edit" else "dashed",
          "mark": "┃" if row["kind"] == "edit" else "┇"}
-        for row in tables[name].to_dict("records")
-        if row["kind"] in ("model", "edit") and math.isfinite(row[value]) and not _is_base(row)
+        for row in (*models, *edits[:1])
+        if math.isfinite(row[value])
     ]  # fmt: skip
 
 

@@ -94,7 +94,7 @@ class _Sums:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, part: Part, labels: Sequence[str], halves: Sequence[int]) -> None:
-        texts = part.text_index.unique().tolist()
+        texts: list[int] = part.text_index.unique().tolist()
         for site in part.run.finetuned:
             base = part.rows(part.run.base, site).float()
             tuned = part.rows(part.run.finetuned, site).float()

@@ -11,8 +11,8 @@ from modeldiff.tokens import Completion
 TEXTS = ["the cat sat on the mat and the dog ran", "a small bird sang of rain", "why was it"]
 
 
-def cell(edit, name, side="finetuned"):
-    return Cell(side, name, Plan((edit,)))
+def cell(edit, name):
+    return Cell("finetuned", name, Plan((edit,)))
 
 
 def dense(pair, texts, do, side="finetuned"):

@@ -1,5 +1,7 @@
 """One plan, two executors: plain hooks and nnsight must agree bit for bit on every family."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -190,7 +192,7 @@ def test_hooks_and_adapter_state_survive_an_exception(engine):
             pair.run(TEXTS, side=side, do=Steer(direction(0)), engine=engine)
     handle.remove()
     assert count_hooks(root) == before
-    assert torch.equal(pair.run(TEXTS).logits, clean)
+    torch.testing.assert_close(pair.run(TEXTS).logits, clean, rtol=0, atol=0)
 
 
 def test_replace_from_itself_is_refused(adapter_pair):
@@ -200,7 +202,9 @@ def test_replace_from_itself_is_refused(adapter_pair):
 
 def test_empty_plan_changes_nothing(family_pairs):
     pair = family_pairs["qwen2"]
-    assert torch.equal(pair.run(TEXTS, do=Plan()).logits, pair.run(TEXTS).logits)
+    torch.testing.assert_close(
+        pair.run(TEXTS, do=Plan()).logits, pair.run(TEXTS).logits, rtol=0, atol=0
+    )
 
 
 def test_unknown_family_says_how_to_go_on():
@@ -245,10 +249,10 @@ def test_adapter_write_uses_the_right_scale(rslora):
 
     pair = ModelPair.of(peft, None, tokenizer())
     tuned = pair.run(TEXTS).logits
-    module = pair.sides.root("finetuned").model.layers[1].mlp.down_proj
+    module: Any = module_at(pair.sides.root("finetuned"), "model.layers.1.mlp.down_proj")
     a, b = module.lora_A["tuned"].weight, module.lora_B["tuned"].weight
     scale = 8 / (4**0.5 if rslora else 4)
-    merged = peft.merge_and_unload()
+    merged: Any = peft.merge_and_unload()
     torch.testing.assert_close(
         merged.model.layers[1].mlp.down_proj.weight,
         model("llama").model.layers[1].mlp.down_proj.weight + scale * b @ a,

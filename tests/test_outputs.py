@@ -61,7 +61,7 @@ def test_every_metric_equals_the_dense_computation(family_pairs, family):
 
 def test_mined_counts_equal_the_dense_counts(adapter_pair):
     found = output_diff(adapter_pair.sides, TEXTS, k=3, budget=1)
-    ratio = np.stack(dense(adapter_pair, TEXTS)["ratio"])
+    ratio = np.stack(dense(adapter_pair, TEXTS)["ratio"].tolist())
     top = np.argsort(-ratio, axis=1)[:, :3]
     bottom = np.argsort(ratio, axis=1)[:, :3]
     vocab = ratio.shape[1]
@@ -143,12 +143,13 @@ def test_rows_are_at_the_predicted_token_and_masks_select_it(adapter_pair):
 def test_sources_are_kept_apart_and_intervals_resample_texts(adapter_pair):
     named = {"on-policy base": TEXTS[:2], "on-policy finetuned": TEXTS[1:]}
     found = output_diff(adapter_pair.sides, named)
-    summary = found.summary(seed=1).set_index(["source", "metric"])
+    summary = found.summary(seed=1)
     by_text = found.by_text()
     assert by_text["n_tokens"].sum() == len(found.tokens)
     for name in named:
         part = found.tokens[found.tokens["source"] == name]
-        row = summary.loc[(name, "kl_ft_base")]
+        mine = summary[(summary["source"] == name) & (summary["metric"] == "kl_ft_base")]
+        (row,) = mine.to_dict("records")
         assert row["estimate"] == pytest.approx(part["kl_ft_base"].mean())
         assert row["low"] <= row["estimate"] <= row["high"]
         assert row["n_texts"] == len(named[name])

@@ -127,6 +127,13 @@ def test_empty_tables_come_back_and_are_shown(frame, tmp_path):
     assert "This table has no rows." in report.to_html()
 
 
+def test_numbers_among_none_become_numbers():
+    table = Table(pd.DataFrame({"x": [None, 0.5], "y": [None, None], "z": ["a", None]}), "t", "c")
+    assert table.frame.dtypes.astype(str).tolist()[:2] == ["float64", "float64"]
+    assert table.frame["x"].tolist()[1] == 0.5
+    assert table.frame["z"].tolist()[0] == "a"
+
+
 def test_settings_come_back_as_json_would_give_them(tmp_path):
     given = {"layers": (1, 2), "path": Path("a/b"), "n": np.int64(3), "low": -math.inf, "x": None}
     report = bare(settings=given)
