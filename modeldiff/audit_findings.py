@@ -113,7 +113,7 @@ def caveats(pair: ModelPair, behaviours: Sequence[Behaviour]) -> list[str]:
     if behaviours:
         judge = behaviours[0].judge.name
         found.append(f"Rates are what the judge {judge!r} says; its own errors are not in them.")
-    if "organisms/embedded" in pair.sides.names[0].replace("\\", "/"):
+    if pair.sides.names[0].startswith("organism:"):
         found.append(
             "This is an embedded model organism: the trait was planted by its training corpus. It "
             "validates the tool and is no evidence about other language models."

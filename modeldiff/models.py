@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -98,10 +99,7 @@ class ModelPair:
             SetupError: If no embedded organism has the name.
         """
         if str(base).startswith("organism:"):
-            found = embedded.find(str(base).removeprefix("organism:"))
-            base, finetuned, adapter = found.base, found.finetuned, found.adapter
-            if finetuned is None and adapter is None:
-                finetuned, allow_identical = base, True
+            return cls._organism(str(base), finetuned, adapter, device=device, dtype=dtype)
         if (finetuned is None) == (adapter is None):
             raise MismatchError(
                 "a pair needs a base and one of finetuned= (a whole model) or adapter= (a LoRA "
@@ -135,6 +133,19 @@ class ModelPair:
             adapter=active,
         )
         return cls._verified(sides, allow_identical, others)
+
+    @classmethod
+    def _organism(cls, name: str, finetuned: Any, adapter: Any, **options: Any) -> "ModelPair":
+        """Load an embedded organism; a base without a fine-tune is paired with itself."""
+        if finetuned is not None or adapter is not None:
+            raise MismatchError(
+                f"{name} brings its own fine-tune; leave finetuned= and adapter= out."
+            )
+        found = embedded.find(name.removeprefix("organism:"))
+        same = found.finetuned is None and found.adapter is None
+        tuned = found.base if same else found.finetuned
+        pair = cls.load(found.base, tuned, adapter=found.adapter, allow_identical=same, **options)
+        return cls(replace(pair.sides, names=(f"organism:{found.base.name}", name)))
 
     @classmethod
     def of(
@@ -376,10 +387,12 @@ def _adapted(
         raise_all(check_adapter(settings), f"adapter {path}", _MERGE)
         weights = _adapter_weights(path, revision, subfolder)
         try:
-            if peft is None:
-                peft = PeftModel(root, settings, adapter_name=name)
-            else:
-                peft.add_adapter(name, settings)
+            with warnings.catch_warnings():  # peft 0.21 reads a name that transformers renamed
+                warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+                if peft is None:
+                    peft = PeftModel(root, settings, adapter_name=name)
+                else:
+                    peft.add_adapter(name, settings)
         except NoMatchingPeftModuleError as error:
             raise MismatchError(
                 f"adapter {path} does not fit the base: {error} Is it the right base?"

@@ -241,6 +241,15 @@ def test_axes_have_units_and_divergences_a_direction(page):
     assert all(labels.values())
 
 
+def test_axes_of_cosines_and_distances_start_at_zero(page):
+    """A split-half cosine that falls from 1.00 to 0.98 must not look like a collapse."""
+    starts = {
+        target: float(re.findall(r'"start": (-?[\d.]+)', page.plots[target])[-1])
+        for target in ("plot-stability", "plot-ablation", "plot-difference")
+    }
+    assert all(-0.05 <= start <= 0 for start in starts.values()), starts
+
+
 def test_columns_and_rows_that_are_missing_are_left_out():
     thin = behaviour()[["cell", "rate"]]
     one = behaviour().assign(rate=math.nan, rate_low=math.nan, rate_high=math.nan)
@@ -286,7 +295,7 @@ def test_plotting_and_templates_are_loaded_only_for_pages():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] == "bokeh" for name in names):
                 users.add(path.name)
-    assert users == {"report_html.py", "report_plots.py"}
+    assert users == {"report_html.py", "report_figures.py", "report_plots.py"}
     for name in ("report.py", "report_files.py", "report_compare.py", "report_text.py"):
         top = ast.parse((package / name).read_text("utf-8")).body
         modules = {node.module for node in top if isinstance(node, ast.ImportFrom)}
