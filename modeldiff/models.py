@@ -1,5 +1,6 @@
 """`ModelPair`: a base model and its fine-tune, side by side."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
