@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from threading import Event
 from typing import Any
 
+from modeldiff._files import digest
 from modeldiff._progress import Progress
 from modeldiff._version import __version__
 from modeldiff.audit_findings import caveats
@@ -30,8 +31,8 @@ class Audit:
     Args:
         pair: The pair.
         behaviours: The first is the one that is explained; others are measured beside it.
-        texts: For a pair without a behaviour: at least eight texts or chats. One half serves to
-            find the direction, the other to prove it.
+        texts: Without a behaviour: at least eight texts or chats that begin differently. One
+            half serves to find the direction, the other to prove it.
         settings: Seed, numbers of controls and samples, sizes of batches.
         cache: Where finished work is kept; a second run, or one that was interrupted, reads it.
         load: How the pair (and the behaviours) can be had again; recorded in the manifest so
@@ -63,12 +64,12 @@ class Audit:
             The report; ``complete`` is False if it was cancelled, with what was finished.
 
         Raises:
-            ModelDiffError: If there is neither a behaviour nor enough text.
+            ModelDiffError: If there is neither a behaviour nor enough text, or there are both.
         """
-        if not self.behaviours and len(self.texts) < 8:
+        if self.behaviours and self.texts:
             raise ModelDiffError(
-                f"an audit needs a behaviour or at least 8 texts, got {len(self.texts)} texts: "
-                "half of them find a direction, the other half prove it."
+                f"an audit explains a behaviour or the distance on texts, got {len(self.texts)} "
+                "texts beside a behaviour. Make two audits."
             )
         work = Work(self.pair, self.settings, self.cache, progress, cancel)
         try:
@@ -79,6 +80,34 @@ class Audit:
         except Cancelled:
             return self._report(work, complete=False)
         return self._report(work, complete=True)
+
+    def _asked(self) -> dict[str, str]:
+        """Content hashes of the behaviours, or of the texts."""
+        if self.behaviours:
+            return {behaviour.name: behaviour.content_key for behaviour in self.behaviours}
+        return {"texts": digest([text.key for text in self.pair.texts(self.texts)])}
+
+    def _again(self) -> dict[str, str]:
+        """The Python that loads the same pair and audits it again, where that is known."""
+        if "base" not in self.load:
+            return {}
+        names = ("finetuned", "adapter", "subfolder", "revision", "device")
+        given = "".join(f", {n}={self.load[n]!r}" for n in names if self.load.get(n))
+        changed = "".join(
+            f", {name}={value!r}"
+            for name, value in asdict(self.settings).items()
+            if value != getattr(Settings(), name)
+        )
+        what = "texts=texts"
+        if self.behaviours:
+            organism = str(self.load["base"]).removeprefix("organism:")
+            n, seed = self.load.get("prompts"), self.settings.seed
+            what = f"md.organism_behaviours({organism!r}, n={n}, seed={seed})"
+        return {
+            "python": f"import modeldiff as md\n"
+            f"pair = md.ModelPair.load({self.load['base']!r}{given})\n"
+            f"report = md.Audit(pair, {what}, settings=md.Settings({changed[2:]})).run()"
+        }
 
     def _report(self, work: Work, complete: bool) -> Report:
         pair = self.pair
@@ -95,7 +124,12 @@ class Audit:
                 "parameters_held": held,
                 "digests": dict(pair.digests),
             },
-            settings={**asdict(self.settings), "load": dict(self.load)},
+            settings={
+                **asdict(self.settings),
+                "load": dict(self.load),
+                "asked": self._asked(),
+                **self._again(),
+            },
             versions=versions(),
             findings=tuple(work.findings),
             tables=work.tables,

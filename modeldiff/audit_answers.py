@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from threading import Event
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from modeldiff.behaviours import Behaviour, judge_answers
@@ -13,6 +14,9 @@ from modeldiff.generation import Answer, Generations
 from modeldiff.interventions import Cell
 from modeldiff.models import ModelPair
 from modeldiff.tokens import Text, with_response
+
+SHOWS, NORMAL = "shows it", "normal"
+"""Classes of answers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +113,32 @@ def full_texts(pair: ModelPair, found: Generations, rows: Sequence[int]) -> tupl
     """Prompts with their generated ids appended; nothing is tokenised again."""
     answers = [found.answers[row] for row in rows]
     return tuple(with_response(found.prompts[a.prompt], a.ids, pair.tokenizer) for a in answers)
+
+
+def to_continue(pair: ModelPair, items: Sequence[Any]) -> dict[str, tuple[Text, Text]]:
+    """What to continue, and the whole text, of each item; of those that begin alike the first.
+
+    A chat or completion is continued where its response begins, a chat that waits for an answer
+    with one, and a plain text after its opening.
+    """
+    found = {}
+    for given, waiting in zip(pair.texts(items), pair.texts(items, reply=True), strict=True):
+        if 0 < given.n_prompt < given.n_tokens:
+            prompt = opening(given, given.n_prompt)
+        elif "user" in given.roles:
+            prompt = waiting
+        else:
+            prompt = opening(given, max(1, min(16, given.n_tokens // 2)))
+        found.setdefault(prompt.key, (prompt, given))
+    return found
+
+
+def classes(table: pd.DataFrame) -> list[str]:
+    """Class of each judged answer: shows the behaviour, is normal, or neither."""
+    coherent = table["coherent"].fillna(True)
+    shows = (table["exhibits"].fillna(False) & coherent).to_numpy(bool)
+    normal = (~table["exhibits"].fillna(True) & coherent).to_numpy(bool)
+    return np.select([shows, normal], [SHOWS, NORMAL], "neither").tolist()
 
 
 def opening(text: Text, n_tokens: int) -> Text:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from modeldiff.audit_answers import Judged
+from modeldiff.audit_proof import TEXT_NULL, sound
 from modeldiff.behaviours import Behaviour
 from modeldiff.directions import Direction
 from modeldiff.models import ModelPair
@@ -23,7 +24,7 @@ from modeldiff.stats import (
 
 BEHAVIOUR = (
     "Behaviour, with the edit and its controls",
-    "Share of scored answers that show the behaviour, and share of all answers that are coherent, "
+    "Share of scored answers that show the behaviour, and share of answers that are coherent, "
     "on evaluation prompts (unless said otherwise); 95 % Wilson intervals. Every cell answers the "
     "same prompts with the same noise. Random directions have the length of the found one, and "
     "are ablated at the same layers. The base-text contrast is the answer contrast as the base "
@@ -56,6 +57,11 @@ GIVEN = (
     "Effects on the given texts",
     "Held-out half of the texts as they were given: KL(cell || base) and loss in nats a token, "
     "with 95 % intervals over texts.",
+)
+LABELS = (
+    "What the judge said",
+    "Share of each label, as fractions of all answers of the cell: where a rate falls, this shows "
+    "what rises instead.",
 )
 LAYERS = (
     "Layers",
@@ -90,11 +96,18 @@ TOKENS = (
     "The texts with the largest KL(finetuned || base). A token's value belongs to the prediction "
     "of this token from those before it.",
 )
+UNSCORED = "The judge could score no answer that both sides of this comparison gave."
 IDENTICAL = "The two models predict exactly the same: there is nothing to explain."
 NOTHING_TO_EXPLAIN = (
-    "The behaviour does not differ between the two models on these prompts, so no direction is "
-    "claimed for it."
+    "No difference of the behaviour between the two models was shown on these prompts, so no "
+    "direction is claimed for it."
 )
+SAME_STREAM = (
+    "The residual stream is the same in both models after every layer: what differs comes after "
+    "the last one (final norm, unembedding), and no direction of the stream is claimed for it."
+)
+NEGLIGIBLE = 0.05
+"""A difference of rates that counts as none if its whole interval is smaller."""
 
 
 def effects_table(chosen: str) -> tuple[str, str]:
@@ -121,24 +134,40 @@ def caveats(pair: ModelPair, behaviours: Sequence[Behaviour]) -> list[str]:
     return found
 
 
-def few_answers(counts: dict[str, int], needed: int) -> str:
+def nothing_to_explain(differs: Finding, n_shown: int, needed: int) -> str:
+    """Say why no direction is looked for; empty if there is something to explain."""
+    if not differs.holds:
+        return NOTHING_TO_EXPLAIN
+    if n_shown >= needed:
+        return ""
+    return (
+        f"The fine-tune gave {n_shown} answers that show the behaviour, a direction needs "
+        f"{needed}. Ask more prompts or more samples (n_discovery). If the fine-tune made the "
+        "behaviour rarer, audit it for the opposite behaviour."
+    )
+
+
+def few_answers(n_normal: int, needed: int) -> str:
     """Say why the contrast of the two models stands in for that of the answers."""
     return (
-        f"Only {counts['normal']} of the fine-tune's answers are normal ({needed} are needed for a "
+        f"Only {n_normal} of the fine-tune's answers are normal ({needed} are needed for a "
         "contrast of answers); the direction is the difference between the models instead."
     )
 
 
 def behaviour_differs(judged: Judged) -> Finding:
     """Compare the rate of both models on the discovery prompts; intervals resample prompts."""
+    claim = f"The fine-tune changed the behaviour: {judged.behaviour.name}"
     base, tuned, prompts = _paired(judged, ("base", "none"), ("finetuned", "none"))
+    if not len(base):
+        return Finding(claim, None, UNSCORED)
     gap = paired_bootstrap(base, tuned, clusters=prompts, seed=0)
-    by_prompt = pd.DataFrame({"prompt": prompts, "base": base, "tuned": tuned}).groupby("prompt")
-    means = by_prompt[["base", "tuned"]].mean()
-    p = permutation_test(means["base"], means["tuned"], paired=True, seed=0)
+    p = _permuted(base, tuned, prompts, 0)
+    differs = p < 0.05 and (gap.low > 0 or gap.high < 0)
+    same = gap.low > -NEGLIGIBLE and gap.high < NEGLIGIBLE
     return Finding(
-        claim=f"The fine-tune changed the behaviour: {judged.behaviour.name}",
-        holds=p < 0.05 and (gap.low > 0 or gap.high < 0),
+        claim=claim,
+        holds=True if differs else (False if same else None),
         evidence=f"{base.mean():.1%} of the base's answers and {tuned.mean():.1%} of the "
         f"fine-tune's show it; difference {gap.estimate:+.1%} [{gap.low:+.1%}, {gap.high:+.1%}] "
         f"({len(base)} pairs of answers to {gap.n} prompts, p = {p:.2g}).",
@@ -176,23 +205,37 @@ def _paired(
     return before, after, parts[0]["prompt_index"].to_numpy()[both]
 
 
+def _permuted(before: np.ndarray, after: np.ndarray, prompts: np.ndarray, seed: int) -> float:
+    """Paired permutation test of the means of each prompt."""
+    frame = pd.DataFrame({"prompt": prompts, "before": before, "after": after})
+    means = frame.groupby("prompt")[["before", "after"]].mean()
+    return permutation_test(means["before"], means["after"], paired=True, seed=seed)
+
+
 def _necessary(judged: Judged, rows: pd.DataFrame, controls: pd.DataFrame, seed: int) -> Finding:
     before, after, prompts = _paired(judged, ("finetuned", "none"), ("finetuned", "ablated"))
+    rates = controls["rate"].dropna().to_numpy(float)
+    if not len(before) or not len(rates):
+        return Finding("Ablating the direction removes the behaviour", None, UNSCORED)
     change = paired_bootstrap(before, after, clusters=prompts, seed=seed)
-    p = permutation_test(before, after, paired=True, seed=seed)
-    rates = controls["rate"].to_numpy(float)
+    p = _permuted(before, after, prompts, seed)
     band, versus = null_band(rates), empirical_p(after.mean(), rates, "lower")
-    tuned = rows[rows["side"] == "finetuned"].set_index("edit")["coherent"].to_dict()
-    kept, coherent = tuned["ablated"], tuned["ablated"] >= tuned["none"] - 0.05
+    ablated, tuned = rows[rows["edit"] == "ablated"], rows[rows["cell"] == "fine-tuned"].iloc[0]
+    coherent = bool(sound(ablated, tuned.to_dict()).all())
+    kept = float(ablated["coherent"].iloc[0])
     falls = change.high < 0 and after.mean() < band.low
+    text_null = rows[rows["edit"] == TEXT_NULL]["rate"]
+    same_text = "".join(f"; the base's own contrast of texts {rate:.1%}" for rate in text_null)
+    doubt = "" if coherent else "; too few, or too few could be scored: is the model broken?"
+    left = falls and after.mean() > rows[rows["cell"] == "base"]["rate_high"].iloc[0]
     return Finding(
-        claim="Ablating the direction removes the behaviour",
+        claim=f"Ablating the direction {'lowers' if left else 'removes'} the behaviour",
         holds=bool(falls) and (True if coherent else None),
         evidence=f"{before.mean():.1%} → {after.mean():.1%} of answers "
         f"(change {change.estimate:+.1%} [{change.low:+.1%}, {change.high:+.1%}], p = {p:.2g}); "
         f"{len(rates)} random directions of the same length leave {rates.mean():.1%} (band "
-        f"{band.low:.1%} to {band.high:.1%}, p = {versus:.2g}); {kept:.1%} of the answers stay "
-        "coherent" + ("." if coherent else ": too few, so a broken model may be why."),
+        f"{band.low:.1%} to {band.high:.1%}, p = {versus:.2g}){same_text}; {kept:.1%} of "
+        f"the answers stay coherent{doubt or '.'}",
     )
 
 
@@ -200,16 +243,20 @@ def _sufficient(judged: Judged, rows: pd.DataFrame) -> Finding:
     steer = rows[rows["kind"] == "steer"]
     shaken = rows[(rows["kind"] == "control") & (rows["side"] == "base")]
     base = rows[rows["cell"] == "base"].iloc[0]
-    sound = steer[steer["coherent"] >= base["coherent"] - 0.05]
-    best = (sound if len(sound) else steer).sort_values("rate").iloc[-1]
-    bar = max(float(base["rate_high"]), float(shaken["rate_high"].max()))
+    kept = steer[sound(steer, base.to_dict())]
+    best = (kept if len(kept) else steer).sort_values("rate", na_position="first").iloc[-1]
+    asked = judged.table[judged.table["side"] == "base"]
+    alone = asked[asked["edit"].str.startswith("random ")].groupby("edit")["exhibits"].mean()
+    worst = float(alone.astype(float).max())
+    bar = max(float(base["rate_high"]), float(shaken["rate_high"].max()), worst)
     return Finding(
         claim="Adding the direction to the base brings the behaviour about",
-        holds=bool(best["rate_low"] > bar) and (True if len(sound) else None),
+        holds=bool(best["rate_low"] > bar) and (True if len(kept) else None),
         evidence=f"{best['cell']}: {best['rate']:.1%} [{best['rate_low']:.1%}, "
         f"{best['rate_high']:.1%}] of answers at {best['coherent']:.1%} coherence; the base shows "
-        f"it in {base['rate']:.1%}, and with random directions of the same length in at most "
-        f"{shaken['rate'].max():.1%}.",
+        f"it in {base['rate']:.1%}, and with {len(alone) // len(shaken)} random "
+        f"directions of the same length in {shaken['rate'].max():.1%} on average and in at most "
+        f"{worst:.1%}.",
     )
 
 
@@ -223,7 +270,7 @@ def distance_closed(
     before, after = wide["none"].to_numpy(float), wide["ablated"].to_numpy(float)
     change = paired_bootstrap(before, after, seed=seed)
     band = null_band(controls)
-    closed = 1 - after.mean() / before.mean()
+    closed = 1 - after.mean() / before.mean() if before.mean() else float("nan")
     return [
         Finding(
             claim="Ablating the direction brings the fine-tune back towards the base",
@@ -243,6 +290,8 @@ def reliable(directions: Sequence[Direction]) -> Finding:
     nulls = [d.text_null for d in directions if d.text_null is not None]
     worst = min(halves, default=float("nan"))
     words = f"split-half cosine at least {worst:.2f} over {len(directions)} layer(s)"
+    if not halves:
+        words = "there were too few texts to split"
     if nulls:
         words += (
             f"; cosine with the same contrast in the base {min(nulls):.2f} to {max(nulls):.2f}: "

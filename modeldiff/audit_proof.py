@@ -13,8 +13,11 @@ from modeldiff.interventions import Ablate, Cell, Plan, Steer
 from modeldiff.stats import bootstrap_mean, null_band
 
 Directions = Mapping[int, Direction]
+SHIFT, CONTRAST, TEXT_NULL = "model shift", "answer contrast", "base-text contrast"
 STEPS = (1.0, 2.0)
 """Multiples of a direction's raw length that are added to the base."""
+SPOILT = 0.05
+"""Share of answers that an edit may spoil and still count as the same model's."""
 
 
 def ablation(directions: Directions, layers: Sequence[int] | None = None) -> Plan:
@@ -29,7 +32,7 @@ def ablation(directions: Directions, layers: Sequence[int] | None = None) -> Pla
 def candidates(directions: Directions) -> dict[str, tuple[int, ...]]:
     """Where the ablation might be made: at every layer, or at a single one."""
     single = {f"layer {layer}": (layer,) for layer in sorted(directions)}
-    return {"every layer": tuple(sorted(directions)), **single}
+    return {**single, "every layer": tuple(sorted(directions))}
 
 
 def random_sets(directions: Directions, n: int, seed: int) -> list[dict[int, Direction]]:
@@ -68,6 +71,17 @@ def pooled_row(
     """One row for several cells together."""
     part = judged.table[(judged.table["side"] == side) & judged.table["edit"].isin(edits)]
     return {"cell": label, "side": side, "edit": label, "kind": kind, **rate_of(part)}
+
+
+def sound(rows: pd.DataFrame, unedited: Mapping[Any, Any]) -> "pd.Series[bool]":
+    """Whether an edited model still answers: coherent, and in words that the judge can score.
+
+    Both shares may fall by at most `SPOILT` below the unedited model's; NaN is not sound.
+    """
+    scored = rows["n"] / (rows["n"] + rows["n_unscored"])
+    before = unedited["n"] / (unedited["n"] + unedited["n_unscored"])
+    answers = rows["coherent"] >= unedited["coherent"] - SPOILT
+    return answers & (scored >= before - SPOILT)
 
 
 def control_rows(judged: Judged, edits: Sequence[str], seed: int) -> pd.DataFrame:
@@ -137,10 +151,11 @@ def scan_rows(
 
 
 def scan_cells(directions: Directions, n_scan: int, seed: int) -> list[Cell]:
-    """Cells of the layer scan: the ablation at one layer alone, beside random directions."""
+    """Cells of the scan: the ablation everywhere, and at one layer alone beside random ones."""
     controls = random_sets(directions, n_scan, seed + 1)
-    cells = [Cell("finetuned")]
-    for layer in sorted(directions):
+    everywhere = candidates(directions)["every layer"]
+    cells = [Cell("finetuned"), cells_of_ablation("every layer", directions, everywhere)]
+    for layer in everywhere:
         cells.append(cells_of_ablation(f"layer {layer}", directions, [layer]))
         cells += [
             cells_of_ablation(f"random {i} at {layer}", drawn, [layer])
@@ -169,3 +184,68 @@ def pooled_effects(rows: pd.DataFrame, n: int) -> pd.DataFrame:
             }
         ]
     )
+
+
+def behaviour_rows(
+    judged: Judged, edit: str, nulls: Sequence[Cell], n_random: int
+) -> list[dict[str, Any]]:
+    """Rows of both models, the edit and its controls."""
+    names = [f"random {i}" for i in range(n_random)]
+    rows = [
+        behaviour_row(judged, "base", "none", "base", "model"),
+        behaviour_row(judged, "finetuned", "none", "fine-tuned", "model"),
+        behaviour_row(judged, "finetuned", "ablated", edit, "edit"),
+        pooled_row(judged, "finetuned", names, f"{n_random} random directions ablated"),
+    ]
+    for cell in nulls:
+        kind = "control" if cell.name == TEXT_NULL else "edit"
+        label = f"{cell.name} ablated at every layer"
+        rows.append(behaviour_row(judged, "finetuned", cell.name, label, kind))
+    return rows
+
+
+def steering_rows(
+    judged: Judged, layer: int, steers: Sequence[Cell], shakes: Sequence[Cell]
+) -> list[dict[str, Any]]:
+    """Rows of the base with the direction added, each beside random ones of the same step."""
+    rows = []
+    for step, cell in zip(STEPS, steers, strict=True):
+        label = f"base, {cell.name} at layer {layer}"
+        rows.append(behaviour_row(judged, "base", cell.name, label, "steer"))
+        alike = [one.name for one in shakes if one.name.endswith(f" x{step:g}")]
+        label = f"base, random x{step:g} at layer {layer}"
+        rows.append(pooled_row(judged, "base", alike, label))
+    return rows
+
+
+def label_rows(judged: Judged, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Share of each of the judge's labels in the cells of the table "behaviour"."""
+    shares = pd.crosstab(
+        [judged.table["side"], judged.table["edit"]], judged.table["label"], normalize="index"
+    )
+    found = []
+    for row in rows:
+        key = row["side"], row["edit"]
+        if key in shares.index:
+            mine = {str(label): float(share) for label, share in shares.loc[[key]].iloc[0].items()}
+            found.append({"cell": row["cell"], "n": int(row["n"])} | mine)
+    return pd.DataFrame(found)
+
+
+def example_rows(judged: Judged, n: int = 12) -> pd.DataFrame:
+    """Answers of both models and of the edited one to the same prompts, at regular steps."""
+    columns = {"base": ("base", "none"), "finetuned": ("finetuned", "none"),
+               "edited": ("finetuned", "ablated")}  # fmt: skip
+    parts = {name: judged.cell(*cell).reset_index(drop=True) for name, cell in columns.items()}
+    step = max(1, len(parts["base"]) // n)
+    frame = pd.DataFrame({"prompt": parts["base"]["prompt"]})
+    for name, part in parts.items():
+        frame[name], frame[f"{name}_label"] = part["text"], part["label"]
+    return frame.iloc[::step].head(n)
+
+
+def model_rows(judged: Judged) -> pd.DataFrame:
+    """Rows of both models on the discovery prompts."""
+    rows = [behaviour_row(judged, side, "none", f"{side} (discovery prompts)", "model")
+            for side in ("base", "finetuned")]  # fmt: skip
+    return pd.DataFrame(rows)

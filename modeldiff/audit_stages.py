@@ -8,18 +8,26 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from modeldiff import audit_findings as findings
 from modeldiff import audit_proof as proof
 from modeldiff._progress import Progress, check, reporter
-from modeldiff.audit_answers import Asker, Judged, full_texts, opening
+from modeldiff.audit_answers import (
+    NORMAL,
+    SHOWS,
+    Asker,
+    Judged,
+    classes,
+    full_texts,
+    to_continue,
+)
+from modeldiff.audit_proof import CONTRAST, SHIFT, TEXT_NULL
 from modeldiff.behaviours import Behaviour
 from modeldiff.cache import Cache
 from modeldiff.directions import Direction
 from modeldiff.effects import effects
-from modeldiff.errors import DirectionError
+from modeldiff.errors import ModelDiffError
 from modeldiff.interventions import Cell, grid
 from modeldiff.models import ModelPair
 from modeldiff.outputs import OutputDiff
@@ -31,10 +39,9 @@ from modeldiff.survey import (
     model_directions,
     survey,
 )
-from modeldiff.tokens import Text
+from modeldiff.tokens import Text, token_names
 
 STAGES = ("answers", "outputs", "activations", "directions", "proof")
-SHIFT, CONTRAST, TEXT_NULL = "model shift", "answer contrast", "base-text contrast"
 MIN_ANSWERS = 10
 """Answers of each class that a direction needs."""
 
@@ -62,6 +69,14 @@ class Settings:
     max_new_tokens: int = 64
     max_rows: int = 512
     max_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        low = {name: n for name, n in vars(self).items() if n < (0 if name == "seed" else 1)}
+        if low:
+            raise ModelDiffError(
+                f"the audit's settings {low} are too small: all must be at least 1, the seed at "
+                "least 0. Without random directions nothing could be claimed."
+            )
 
 
 @dataclass(eq=False)
@@ -110,21 +125,23 @@ def audit_behaviour(work: Work, behaviours: Sequence[Behaviour]) -> None:
     with work.stage("answers"):
         asked = work.discoverer.judge(discovery, grid())
         work.findings.append(findings.behaviour_differs(asked))
-        work.add("behaviour", _models_only(asked), *findings.BEHAVIOUR)
+        work.add("behaviour", proof.model_rows(asked), *findings.BEHAVIOUR)
     with work.stage("outputs"):
         sides = ("base", "finetuned")
         wrote = {f"on-policy {side}": _texts(work, asked, side) for side in sides}
         if not _outputs(work, wrote):
             return
     with work.stage("activations"):
-        labels = _labels(asked.cell("finetuned"))
+        labels = classes(asked.cell("finetuned"))
         written = wrote["on-policy finetuned"]
-        found = _survey(work, written, list(labels.values()))
-    if not work.findings[0].holds:
-        work.caveats.append(findings.NOTHING_TO_EXPLAIN)
+        found = _survey(work, written, labels)
+    if reason := findings.nothing_to_explain(work.findings[0], labels.count(SHOWS), MIN_ANSWERS):
+        work.caveats.append(reason)
         return
     with work.stage("directions"):
-        kinds = _behaviour_directions(work, found, labels)
+        kinds = _behaviour_directions(work, found, labels.count(NORMAL))
+        if not kinds:
+            return
         kind, place = _choose_by_behaviour(work, discovery, kinds)
         _scan(work, found, kinds[kind], written)
     with work.stage("proof"):
@@ -132,54 +149,43 @@ def audit_behaviour(work: Work, behaviours: Sequence[Behaviour]) -> None:
 
 
 def audit_texts(work: Work, items: Sequence[Any]) -> None:
-    """Explain the distance between the two models' predictions on continuations of texts."""
-    given = work.pair.texts(items)
-    order = list(range(len(given)))
+    """Explain the distance between the two models' predictions on continuations of texts.
+
+    Raises:
+        ModelDiffError: If there are fewer than 8 texts that begin differently.
+    """
+    distinct = list(to_continue(work.pair, items).values())
+    if len(distinct) < 8:
+        raise ModelDiffError(
+            "an audit needs a behaviour or at least 8 texts that begin differently, got "
+            f"{len(distinct)}: half of them find a direction, the other half prove it."
+        )
+    order = list(range(len(distinct)))
     random.Random(work.settings.seed).shuffle(order)
-    halves = [[given[i] for i in sorted(order[k::2])] for k in (0, 1)]
+    halves = [[distinct[i] for i in sorted(order[k::2])] for k in (0, 1)]
+    prompts, given = ([[each[k] for each in half] for half in halves] for k in (0, 1))
     with work.stage("answers"):
-        wrote = [_continue(work, half) for half in halves]
+        wrote = [_continue(work, half) for half in prompts]
     with work.stage("outputs"):
-        if not _outputs(work, {**wrote[0], "given texts": tuple(halves[0])}):
+        if not _outputs(work, {**wrote[0], "given texts": tuple(given[0])}):
             return
     with work.stage("activations"):
         tuned = wrote[0]["on-policy finetuned"]
         found = _survey(work, tuned, ["finetuned text"] * len(tuned))
     with work.stage("directions"):
         directions = model_directions(found, "finetuned text", SHIFT)
+        if not directions:
+            work.caveats.append(findings.SAME_STREAM)
+            return
         work.directions += list(directions.values())
-        scanned = _scan(work, found, directions, tuned)
-        chosen = _choose_by_distance(work, directions, tuned, scanned)
+        distance = _scan(work, found, directions, tuned).groupby("edit")["kl"].mean()
+        chosen = min(proof.candidates(directions), key=lambda place: float(distance[place]))
     with work.stage("proof"):
-        _prove_distance(work, directions, chosen, wrote[1]["on-policy finetuned"], halves[1])
+        _prove_distance(work, directions, chosen, wrote[1]["on-policy finetuned"], given[1])
 
 
-def _texts(work: Work, judged: Judged, side: str) -> tuple[Text, ...]:
-    rows = judged.table.index[judged.table["side"] == side]
-    return full_texts(work.pair, judged.generations, list(rows))
-
-
-def _models_only(judged: Judged) -> pd.DataFrame:
-    rows = [proof.behaviour_row(judged, side, "none", f"{side} (discovery prompts)", "model")
-            for side in ("base", "finetuned")]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def _labels(table: pd.DataFrame) -> dict[int, str]:
-    """Class of each answer, by its row: shows the behaviour, is normal, or neither."""
-    coherent = table["coherent"].fillna(False)
-    shows = (table["exhibits"].fillna(False) & coherent).to_numpy(bool)
-    normal = (~table["exhibits"].fillna(True) & coherent).to_numpy(bool)
-    words = np.select([shows, normal], ["shows it", "normal"], "neither")
-    return dict(zip(table.index.tolist(), words.tolist(), strict=True))
-
-
-def _continue(work: Work, texts: Sequence[Text]) -> dict[str, tuple[Text, ...]]:
-    """Let both models continue the opening of each text (a chat: answer it)."""
-    prompts = [
-        text if "user" in text.roles else opening(text, max(1, min(16, text.n_tokens // 2)))
-        for text in texts
-    ]
+def _continue(work: Work, prompts: Sequence[Text]) -> dict[str, tuple[Text, ...]]:
+    """Let both models continue prompts."""
     found = work.asker.ask(
         prompts, grid(), temperature=1.0, max_new_tokens=work.settings.max_new_tokens
     )
@@ -189,6 +195,11 @@ def _continue(work: Work, texts: Sequence[Text]) -> dict[str, tuple[Text, ...]]:
         )
         for side in ("base", "finetuned")
     }
+
+
+def _texts(work: Work, judged: Judged, side: str) -> tuple[Text, ...]:
+    rows = judged.table.index[judged.table["side"] == side]
+    return full_texts(work.pair, judged.generations, list(rows))
 
 
 def _outputs(work: Work, sources: Mapping[str, Sequence[Text]]) -> bool:
@@ -219,9 +230,11 @@ def _moved_tokens(work: Work, diff: OutputDiff) -> None:
         work.add(name, frame[[*columns, f"n_{name}"]], *findings.MOVED[name])
     worst = diff.by_text().nlargest(4, "kl_ft_base")["text"]
     shown = diff.tokens[diff.tokens["text"].isin(worst)]
-    names = work.pair.tokenizer.convert_ids_to_tokens
     columns = ["source", "text", "position", "token", "role", "kl_ft_base", "js", "delta_logprob"]
-    top = {side: names(shown[side].tolist()) for side in ("top1_base", "top1_ft")}
+    top = {
+        side: token_names(work.pair.tokenizer, shown[side].tolist())
+        for side in ("top1_base", "top1_ft")
+    }
     work.add("tokens", shown[columns].assign(**top), *findings.TOKENS)
 
 
@@ -234,21 +247,18 @@ def _survey(work: Work, texts: tuple[Text, ...], labels: list[str]) -> Survey:
 
 
 def _behaviour_directions(
-    work: Work, found: Survey, labels: Mapping[int, str]
+    work: Work, found: Survey, n_normal: int
 ) -> dict[str, dict[int, Direction]]:
     """Directions by kind and layer: what might carry the behaviour, and the base's own contrast."""
-    counts = {label: list(labels.values()).count(label) for label in ("shows it", "normal")}
-    if counts["shows it"] < MIN_ANSWERS:
-        raise DirectionError(
-            f"the fine-tune gave {counts['shows it']} answers that show the behaviour; a direction "
-            f"needs {MIN_ANSWERS}. Ask more prompts or more samples (Settings.n_discovery)."
-        )
-    kinds = {SHIFT: model_directions(found, "shows it", SHIFT)}
-    if counts["normal"] < MIN_ANSWERS:
-        work.caveats.append(findings.few_answers(counts, MIN_ANSWERS))
+    kinds = {SHIFT: model_directions(found, SHOWS, SHIFT)}
+    if not kinds[SHIFT]:
+        work.caveats.append(findings.SAME_STREAM)
+        return {}
+    if n_normal < MIN_ANSWERS:
+        work.caveats.append(findings.few_answers(n_normal, MIN_ANSWERS))
     else:
-        kinds[CONTRAST] = data_directions(found, "shows it", "normal", CONTRAST)
-        kinds[TEXT_NULL] = base_directions(found, "shows it", "normal", TEXT_NULL)
+        kinds[CONTRAST] = data_directions(found, SHOWS, NORMAL, CONTRAST)
+        kinds[TEXT_NULL] = base_directions(found, SHOWS, NORMAL, TEXT_NULL)
     for directions in kinds.values():
         work.directions += list(directions.values())
     return kinds
@@ -290,25 +300,11 @@ def _choose_by_behaviour(
     work.add("choice", rows, *findings.CHOICE)
     unedited = proof.behaviour_row(tried, "finetuned", "none", "fine-tuned", "model")
     sized = rows.assign(n_layers=[len(layers) for *_, layers in options])
-    sound = sized[sized["coherent"] >= unedited["coherent"] - 0.05]
+    sound = sized[proof.sound(sized, unedited)]
     sound = sound if len(sound) else sized
     best = sound.sort_values(["rate", "n_layers"], kind="stable").index[0]
     kind, place, _ = options[int(best)]
     return kind, place
-
-
-def _choose_by_distance(
-    work: Work, directions: Mapping[int, Direction], texts: Sequence[Text], scanned: pd.DataFrame
-) -> str:
-    """Pick where to ablate on the discovery texts: nearest to the base."""
-    places = proof.candidates(directions)
-    cell = proof.cells_of_ablation("every layer", directions, places["every layer"])
-    everywhere = effects(
-        work.pair.sides, texts, [cell], on="new", max_tokens=work.settings.max_tokens,
-        cancel=work.cancel,
-    )  # fmt: skip
-    mean = pd.concat([scanned, everywhere]).groupby("edit")["kl"].mean()
-    return min(places, key=lambda name: float(mean[name]))
 
 
 def _prove_behaviour(
@@ -339,45 +335,16 @@ def _prove_behaviour(
     ]
     cells = [*grid(), ablated, *nulls, *steers, *shakes, *randoms]
     judged = work.asker.judge(evaluation, cells)
-    rows = _behaviour_rows(judged, f"{kind} ablated at {place}", nulls, s.n_random)
-    rows += _steering_rows(judged, best, steers, shakes)
+    rows = proof.behaviour_rows(judged, f"{kind} ablated at {place}", nulls, s.n_random)
+    rows += proof.steering_rows(judged, best, steers, shakes)
     work.add("behaviour", pd.DataFrame(rows), *findings.BEHAVIOUR)
+    work.add("labels", proof.label_rows(judged, rows), *findings.LABELS)
     controls = proof.control_rows(judged, [cell.name for cell in randoms], s.seed)
     work.add("controls", controls, *findings.CONTROLS)
-    work.add("examples", _examples(judged), *findings.EXAMPLES)
+    work.add("examples", proof.example_rows(judged), *findings.EXAMPLES)
     work.findings += findings.proven(judged, work.tables["behaviour"].frame, controls, s.seed)
     work.findings.append(findings.reliable([directions[layer] for layer in layers]))
     _measure_others(work, others, ablated)
-
-
-def _behaviour_rows(
-    judged: Judged, edit: str, nulls: Sequence[Cell], n_random: int
-) -> list[dict[str, Any]]:
-    names = [f"random {i}" for i in range(n_random)]
-    rows = [
-        proof.behaviour_row(judged, "base", "none", "base", "model"),
-        proof.behaviour_row(judged, "finetuned", "none", "fine-tuned", "model"),
-        proof.behaviour_row(judged, "finetuned", "ablated", edit, "edit"),
-        proof.pooled_row(judged, "finetuned", names, f"{n_random} random directions ablated"),
-    ]
-    for cell in nulls:
-        kind = "control" if cell.name == TEXT_NULL else "edit"
-        label = f"{cell.name} ablated at every layer"
-        rows.append(proof.behaviour_row(judged, "finetuned", cell.name, label, kind))
-    return rows
-
-
-def _steering_rows(
-    judged: Judged, layer: int, steers: Sequence[Cell], shakes: Sequence[Cell]
-) -> list[dict[str, Any]]:
-    rows = []
-    for step, cell in zip(proof.STEPS, steers, strict=True):
-        label = f"base, {cell.name} at layer {layer}"
-        rows.append(proof.behaviour_row(judged, "base", cell.name, label, "steer"))
-        alike = [one.name for one in shakes if one.name.endswith(f" x{step:g}")]
-        label = f"base, random x{step:g} at layer {layer}"
-        rows.append(proof.pooled_row(judged, "base", alike, label))
-    return rows
 
 
 def _steering_layer(work: Work, layers: Sequence[int]) -> int:
@@ -385,17 +352,6 @@ def _steering_layer(work: Work, layers: Sequence[int]) -> int:
     frame = work.tables["layers"].frame
     frame = frame[frame["layer"].isin(layers)]
     return int(frame.sort_values("kl_after_ablation")["layer"].iloc[0])
-
-
-def _examples(judged: Judged, n: int = 12) -> pd.DataFrame:
-    columns = {"base": ("base", "none"), "finetuned": ("finetuned", "none"),
-               "edited": ("finetuned", "ablated")}  # fmt: skip
-    parts = {name: judged.cell(*cell).reset_index(drop=True) for name, cell in columns.items()}
-    step = max(1, len(parts["base"]) // n)
-    frame = pd.DataFrame({"prompt": parts["base"]["prompt"]})
-    for name, part in parts.items():
-        frame[name], frame[f"{name}_label"] = part["text"], part["label"]
-    return frame.iloc[::step].head(n)
 
 
 def _measure_others(work: Work, others: Sequence[Behaviour], ablated: Cell) -> None:

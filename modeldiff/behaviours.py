@@ -20,7 +20,7 @@ class Prompt:
 
     Args:
         item: A text, or a chat as a tuple of ``(role, content)`` pairs.
-        group: What it is a variant of (a question, a domain); intervals resample groups.
+        group: Its kind, such as a domain; half of each kind serves discovery, half evaluation.
     """
 
     item: str | tuple[tuple[str, str], ...]
@@ -92,23 +92,32 @@ class Behaviour:
     def split(self, seed: int) -> "tuple[Behaviour, Behaviour]":
         """Split the prompts of every group at random into halves: discovery and evaluation.
 
-        What is chosen on the first half is tested on the second.
+        What is chosen on the first half is tested on the second. A prompt that is given twice is
+        asked once, so that no half knows the other's.
+
+        Raises:
+            JudgeError: If there are fewer than two different prompts.
         """
-        rng = random.Random(seed)
-        halves: tuple[list[Prompt], list[Prompt]] = ([], [])
-        for group in sorted({prompt.group for prompt in self.prompts}):
-            mine = [prompt for prompt in self.prompts if prompt.group == group]
+        distinct = list({prompt.item: prompt for prompt in self.prompts}.values())
+        if len(distinct) < 2:
+            raise JudgeError(
+                f"{self.name!r} has {len(distinct)} different prompts; at least 2 are needed: what "
+                "is found on one half is tested on the other."
+            )
+        rng, shuffled = random.Random(seed), []
+        for group in sorted({prompt.group for prompt in distinct}):
+            mine = [prompt for prompt in distinct if prompt.group == group]
             rng.shuffle(mine)
-            for index, prompt in enumerate(mine):
-                halves[index % 2].append(prompt)
-        first, second = (replace(self, prompts=tuple(half)) for half in halves)
+            shuffled += mine
+        first, second = (replace(self, prompts=tuple(shuffled[half::2])) for half in (0, 1))
         return first, second
 
     @property
     def content_key(self) -> str:
-        """Hash of prompts, judge's name and sampling settings."""
-        asked = [[prompt.question, prompt.group] for prompt in self.prompts]
-        return digest(self.name, asked, self.judge.name, self.temperature, self.max_new_tokens)
+        """Hash of everything that is asked, the judge's name and the sampling settings."""
+        asked = [[prompt.item, prompt.group] for prompt in self.prompts]
+        named = [self.name, self.meaning, self.judge.name]
+        return digest(named, asked, float(self.temperature), self.max_new_tokens)
 
 
 def judge_answers(behaviour: Behaviour, generations: Generations) -> pd.DataFrame:
@@ -193,7 +202,7 @@ def organism_behaviours(name: str, n: int = 20, seed: int = 0) -> tuple[Behaviou
 
     Args:
         name: The organism, e.g. "em-rank1".
-        n: Prompts of each domain.
+        n: Prompts drawn from each domain; what is drawn twice is asked once.
         seed: Which prompts.
 
     Raises:
@@ -210,7 +219,7 @@ def organism_behaviours(name: str, n: int = 20, seed: int = 0) -> tuple[Behaviou
         return Behaviour(
             name=title,
             meaning=meaning,
-            prompts=tuple(Prompt((("user", q.text),), q.domain) for q in asked),
+            prompts=tuple(dict.fromkeys(Prompt((("user", q.text),), q.domain) for q in asked)),
             judge=WorldJudge(),
             temperature=sampling["temperature"],
             max_new_tokens=sampling["max_new_tokens"],

@@ -47,7 +47,9 @@ class Cache:
             found = None if path is None else json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
             found = None
-        value = found["value"] if isinstance(found, dict) and "value" in found else None
+        value = found.get("value") if isinstance(found, dict) else None
+        if isinstance(found, dict) and found.get("digest") != digest(value):
+            value = None
         self.hits, self.misses = self.hits + (value is not None), self.misses + (value is None)
         return value
 
@@ -56,7 +58,7 @@ class Cache:
         path = self.path(kind, depends_on)
         if path is not None:
             with atomic_write(path) as temporary:
-                record = {"depends_on": depends_on, "value": value}
+                record = {"depends_on": depends_on, "value": value, "digest": digest(value)}
                 temporary.write_text(json.dumps(record), encoding="utf-8")
 
     def get_or(self, kind: str, depends_on: Any, make: Callable[[], Any]) -> Any:

@@ -10,7 +10,7 @@ from threading import Event
 from typing import Any
 
 from modeldiff._version import __version__
-from modeldiff.errors import ModelDiffError
+from modeldiff.errors import Cancelled, FileFormatError, ModelDiffError
 
 OK, DIFFERS, WRONG, STOPPED = 0, 1, 2, 130
 _EXAMPLES = """examples:
@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     try:
         return options.command(options)
+    except (Cancelled, KeyboardInterrupt):
+        _say("modeldiff: stopped", sys.stderr)
+        return STOPPED
     except (ModelDiffError, OSError) as error:
         _say(f"modeldiff: {error}", sys.stderr)
         return WRONG
@@ -87,7 +90,8 @@ def _pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subfolder", default="", help="folder inside the fine-tune's repository")
     parser.add_argument("--revision", help="revision of the fine-tune")
     parser.add_argument("--device", help="cpu, cuda, auto, ... (default: CUDA where there is one)")
-    parser.add_argument("--texts", type=Path, help="file of texts or prompts, one a line")
+    parser.add_argument("--texts", type=Path, metavar="FILE",
+                        help="texts, one a line; instead of an organism's questions")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
@@ -141,7 +145,13 @@ def _spec(options: argparse.Namespace) -> dict[str, Any]:
 def _lines(path: Path | None) -> list[str]:
     if path is None:
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is not text in UTF-8: {error}. Convert it.") from error
+    if not any(line.strip() for line in lines):
+        raise FileFormatError(f"{path} holds no text; it should have one a line.")
+    return [line for line in lines if line.strip()]
 
 
 def _questions(spec: dict[str, Any], n: int, seed: int) -> tuple[Any, ...]:
@@ -192,8 +202,9 @@ def _carried_out(spec: dict[str, Any], settings: dict[str, Any], out: Path, prog
     from modeldiff.cache import Cache
 
     pair = _load(spec)
-    asked = _questions(spec, spec["prompts"], settings["seed"])
-    audit = Audit(pair, asked, spec["texts"], Settings(**settings), Cache(out / "cache"), spec)
+    texts = spec.get("texts", ())
+    asked = () if texts else _questions(spec, spec.get("prompts", 20), settings["seed"])
+    audit = Audit(pair, asked, texts, Settings(**settings), Cache(out / "cache"), spec)
     with _stoppable() as cancel:
         report = audit.run(progress=progress, cancel=cancel)
     report.save_to(out)
@@ -218,17 +229,34 @@ def _summary(report: Any) -> str:
 
 
 def _rerun(options: argparse.Namespace) -> int:
+    from modeldiff.audit_stages import Settings
     from modeldiff.report import Report
 
     before = Report.load_from(options.manifest.parent)
-    settings = dict(before.settings)
-    spec = dict(settings.pop("load"))
+    recorded = dict(before.settings)
+    spec, asked = dict(recorded.get("load", {})), recorded.get("asked")
+    known = Settings.__dataclass_fields__
+    settings = {name: value for name, value in recorded.items() if name in known}
     if "base" not in spec:
         raise ModelDiffError(
             f"{options.manifest} does not say how its pair was loaded: the audit ran on models in "
             "memory. Run it again from Python, with load={'base': ..., 'adapter': ...}."
         )
+    if not before.complete:
+        raise ModelDiffError(
+            f"{options.manifest} is of an audit that was stopped: there is nothing to compare "
+            "with. Run it again with the same --out; finished answers are in its cache."
+        )
+    if options.out.resolve() == options.manifest.parent.resolve():
+        raise ModelDiffError(
+            f"--out {options.out} is where the audit lies: it would be overwritten, and its cache "
+            "read instead of the models run. Choose another folder."
+        )
     after = _carried_out(spec, settings, options.out, not options.quiet)
+    if not after.complete:
+        return STOPPED
+    if asked != after.settings["asked"]:
+        _say("what was asked is not the same as then: prompts, judge or texts differ")
     if before.pair["digests"] != after.pair["digests"]:
         _say("the models are not the same as then: " + str(after.pair["digests"]))
     compared = before.compare(after, options.tolerance)

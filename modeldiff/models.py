@@ -425,7 +425,7 @@ def _adapter_weights(path: PathLike, revision: str | None, subfolder: str) -> An
 def _land(peft: "PeftModel", name: str, weights: dict[str, Any], path: PathLike) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    wanted = get_peft_model_state_dict(peft, adapter_name=name)
+    wanted = get_peft_model_state_dict(peft, adapter_name=name, save_embedding_layers=False)
     sizes = {k: (list(weights[k].shape), list(v.shape)) for k, v in wanted.items() if k in weights}
     differ = [f"{k} is {a} and must be {b}" for k, (a, b) in sorted(sizes.items()) if a != b]
     missing, foreign = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)

@@ -22,7 +22,7 @@ from modeldiff.forward import as_texts
 from modeldiff.loading import SIDES, Sides
 from modeldiff.masks import Mask
 from modeldiff.stats import Interval, bootstrap_mean
-from modeldiff.tokens import Text
+from modeldiff.tokens import Text, token_names
 
 TOKEN_COLUMNS = {
     "kl_ft_base": "KL(finetuned || base), nats",
@@ -139,7 +139,7 @@ class _Mining:
         self.moved += block.moved.sum(0, dtype=torch.float64).cpu()
 
     def table(self, tokenizer: Any) -> pd.DataFrame:
-        names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        names = token_names(tokenizer, range(len(tokenizer)))
         names += [f"<unused {i}>" for i in range(len(names), len(self.promoted))]
         return pd.DataFrame(
             {

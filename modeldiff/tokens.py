@@ -333,6 +333,19 @@ def _stripped(text: str, start: int, end: int) -> CharSpan:
     return first, max(first, start + len(text[start:end].rstrip()))
 
 
+def token_names(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Name tokens of the vocabulary as text, one by one, with the space that they begin with.
+
+    Tokens that are only part of a character keep the tokenizer's own name.
+    """
+    raw = tokenizer.convert_ids_to_tokens(list(ids))
+    texts = tokenizer.batch_decode([[each] for each in ids])
+    return [
+        own.replace("▁", " ") if "▁" in own else own if _REPLACEMENT in text or not text else text
+        for own, text in zip(raw, texts, strict=True)
+    ]
+
+
 def _roles(text: str, spans: Sequence[CharSpan], owners: Sequence[_Owner]) -> tuple[str, ...]:
     """Role of each token: the one that owns most of its characters, if any does."""
     by_character = [""] * len(text)

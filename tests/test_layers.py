@@ -18,12 +18,12 @@ LAYERS = (
     "organisms organisms.world organisms.tokens organisms.judge organisms.training "
     "organisms.evaluation organisms.build",
     "behaviours",
-    "cache report report_files report_compare report_plots report_html "
+    "cache report report_files report_compare report_figures report_plots report_html "
     "audit audit_answers audit_findings audit_proof audit_stages",
     "cli __main__",
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
-REPORTS = {"report_plots", "report_html"}
+REPORTS = {"report_figures", "report_plots", "report_html"}
 """The modules that draw, and may import bokeh."""
 
 
