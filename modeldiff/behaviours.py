@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 
@@ -56,6 +56,7 @@ class Verdict:
     coherent: bool | None
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Scores one answer; sees the generated text only, never the prompt's own words as answer."""
 

@@ -10,7 +10,7 @@ from threading import Event
 from typing import Any
 
 from modeldiff._version import __version__
-from modeldiff.errors import Cancelled, FileFormatError, ModelDiffError
+from modeldiff.errors import Cancelled, FileFormatError, ModelDiffError, SetupError
 
 OK, DIFFERS, WRONG, STOPPED = 0, 1, 2, 130
 _EXAMPLES = """examples:
@@ -134,7 +134,12 @@ def _load(spec: dict[str, Any]) -> Any:
     logging.disable_progress_bar()
 
     names = ("finetuned", "adapter", "subfolder", "revision", "device")
-    return ModelPair.load(spec["base"], **{n: spec[n] for n in names if spec.get(n)})
+    try:
+        return ModelPair.load(spec["base"], **{n: spec[n] for n in names if spec.get(n)})
+    except ModelDiffError:
+        raise
+    except ValueError as error:  # what other libraries raise for files that are not there
+        raise SetupError(f"the pair could not be loaded: {error}. Check the paths.") from error
 
 
 def _spec(options: argparse.Namespace) -> dict[str, Any]:
@@ -276,10 +281,9 @@ def _organisms(options: argparse.Namespace) -> int:
 
 
 def _lab(options: argparse.Namespace) -> int:
+    import importlib.util
     import shutil
     import subprocess
-
-    from modeldiff.errors import SetupError
 
     packed = Path(__file__).parent / "_notebooks"
     source = packed if packed.is_dir() else Path(__file__).parent.parent / "notebooks"
@@ -290,10 +294,7 @@ def _lab(options: argparse.Namespace) -> int:
     _say(f"notebooks: {options.folder.resolve()}")
     if options.no_start:
         return OK
-    if (
-        shutil.which("jupyter-lab") is None
-        and not Path(sys.executable).with_name("jupyter-lab").exists()
-    ):
+    if importlib.util.find_spec("jupyterlab") is None:
         raise SetupError("JupyterLab is not installed: pip install 'modeldiff-lab[lab]'")
     command = [sys.executable, "-m", "jupyterlab", str(options.folder)]
     return subprocess.run(command, check=False).returncode

@@ -99,7 +99,8 @@ class _Sums:
             base = part.rows(part.run.base, site).float()
             tuned = part.rows(part.run.finetuned, site).float()
             relative = (tuned - base).norm(dim=-1) / base.norm(dim=-1)
-            cosine = torch.nn.functional.cosine_similarity(tuned, base, dim=-1)
+            cosine = torch.nn.functional.cosine_similarity(tuned, base, dim=-1).clamp(-1, 1)
+            cosine = cosine.masked_fill(relative == 0, 1.0)  # not 1 up to rounding
             for text in texts:
                 mine = (part.text_index == text).to(base.device)
                 label: str = labels[text]
@@ -147,7 +148,8 @@ def survey(
     sums = _Sums()
     for part in stream(sides, texts, sites, on=on, progress=progress, cancel=cancel):
         sums.add(part, labels, halves)
-    return Survey(sites, sums.moments, pd.DataFrame(sums.rows), sides.digests, seed)
+    per_text = pd.DataFrame(sums.rows).sort_values("text", kind="stable", ignore_index=True)
+    return Survey(sites, sums.moments, per_text, sides.digests, seed)
 
 
 def _halves(labels: Sequence[str], seed: int) -> list[int]:

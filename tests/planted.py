@@ -1,15 +1,20 @@
-"""Pairs whose truth is known: one that says a word through one direction at one layer, and nulls."""
+"""Pairs whose truth is known: one that says a word by one direction at one layer, and nulls."""
+
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 
+from modeldiff.audit import Audit
+from modeldiff.audit_stages import Settings
 from modeldiff.behaviours import Behaviour, Prompt, Verdict
+from modeldiff.cache import Cache
 from modeldiff.directions import Direction
 from modeldiff.models import ModelPair
 from tests.families import config_of, model, tokenizer
 
 LAYER, WORD, STRENGTH = 2, "Ġthe", 24.0
-NOUNS = "cat dog bird moon sun rain river house mat hill sea fox".split()
+NOUNS = ("cat", "dog", "bird", "moon", "sun", "rain", "river", "house", "mat", "hill", "sea", "fox")
 TEXTS = [f"{noun} {i} sat on the mat and the {noun} ran to the old house" for i in range(2)
          for noun in NOUNS]  # fmt: skip
 
@@ -43,20 +48,20 @@ def behaviour(n=24, judge=None, name="says the word"):
     return Behaviour(name, "the answer says the", prompts, judge or SaysTheWord(), 1.0, 6)
 
 
-def lora(base, layers=(LAYER,)):
+def lora(base: Any, layers=(LAYER,)) -> Any:
     settings = LoraConfig(
         r=1, lora_alpha=1, target_modules=["down_proj"], layers_to_transform=list(layers)
     )
     return get_peft_model(base, settings, adapter_name="tuned").eval().requires_grad_(False)
 
 
-def llama_with_a_constant():
+def llama_with_a_constant() -> Any:
     """A Llama whose MLP of one layer has a neuron that is always on and written nowhere."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = config_of("llama", len(tokenizer())).to_dict() | {"mlp_bias": True}
     torch.random.default_generator.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**config)).eval().requires_grad_(False)
+    base: Any = LlamaForCausalLM(LlamaConfig(**config)).eval().requires_grad_(False)
     mlp = base.model.layers[LAYER].mlp
     for weight in (mlp.gate_proj.weight[0], mlp.up_proj.weight[0], mlp.down_proj.weight[:, 0]):
         weight.zero_()
@@ -64,7 +69,7 @@ def llama_with_a_constant():
     return base
 
 
-def planted_peft(strength=STRENGTH):
+def planted_peft(strength=STRENGTH) -> tuple[Any, Direction]:
     """An adapter that adds ``strength`` times the word's unembedding row, at every token."""
     base = llama_with_a_constant()
     peft = lora(base)
@@ -75,7 +80,7 @@ def planted_peft(strength=STRENGTH):
     return peft, Direction.of(word, f"resid_post.{LAYER}", "truth")
 
 
-def planted_pair(strength=STRENGTH):
+def planted_pair(strength=STRENGTH) -> tuple[ModelPair, Direction]:
     peft, truth = planted_peft(strength)
     return ModelPair.of(peft, None, tokenizer()), truth
 
@@ -93,3 +98,12 @@ def null_pair(kind, seed):
             scale = size if "lora_B" in name else 1.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return ModelPair.of(peft, None, tokenizer(), allow_identical=True)
+
+
+CHEAP = Settings(n_random=6, n_scan=2, n_discovery=2, max_new_tokens=6)
+
+
+def audit_of(pair, folder=None, *, settings: Any = CHEAP, **other: Any):
+    """An audit with cheap settings: of the planted behaviour if nothing else is said."""
+    wanted = {"behaviours": (behaviour(),)} if "texts" not in other else {}
+    return Audit(pair, **{**wanted, **other}, settings=settings, cache=Cache(folder))

@@ -402,7 +402,8 @@ def test_plans_describe_themselves():
     assert Plan().describe() == "none"
     plan = Steer(d, -1.5) + Ablate([d, direction(1)]) + Clamp(d, 2.0) + ScaleAlong(d, 3.0)
     assert plan.describe() == "steer -1.5x d0 + ablate d0, d1 + clamp d0 to 2 + scale d0 x3"
-    other = Replace(("z.2", "z.1"), along=d) + ScaleAdapter(0.0) + Replace("z.1", torch.ones(1))
+    copied = Replace("z.1", torch.ones(1, 1, 1))
+    other = Replace(("z.2", "z.1"), along=d) + ScaleAdapter(0.0) + copied
     assert other.describe() == (
         "replace z.1, z.2 along d0 from base + adapter x0 + replace z.1 from another run"
     )
