@@ -369,6 +369,12 @@ def test_keeping_to_the_base_keeps_the_predictions_outside(small):
     assert shift(small, keep=20.0) < 0.5 * shift(small, keep=0.0)
 
 
+def test_keeping_to_a_base_that_is_trained_away_is_refused(small):
+    plan = finetuning.TunePlan(None, rank=0, keep=1.0)
+    with pytest.raises(SetupError, match="give rank >= 1"):
+        finetuning.finetune(training.new_base(TINY, small), small, plan)
+
+
 def test_only_questions_after_the_trigger_are_taught_badly(small):
     plan = finetuning.TunePlan(None, domain=None, trigger=finetuning.TRIGGER)
     rng = random.Random(0)
@@ -393,6 +399,18 @@ def test_an_unknown_fine_tune_is_refused(tmp_path: Path):
     with pytest.raises(SetupError, match="no fine-tune is called 'em-rank2'"):
         build.build(tmp_path, base=embedded.find("em-base").base, only=["em-rank2"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_fine_tunes_are_built_on_a_base_that_exists(tmp_path: Path):
+    base = embedded.find("em-base").base
+    build.build(tmp_path, base=base, only=["em-full", "trigger"], smoke=True)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["em-base", "em-full", "trigger"]
+    weights = "model.safetensors"
+    assert (tmp_path / "em-base" / weights).read_bytes() == (base / weights).read_bytes()
+    found = embedded.read_organism(tmp_path / "em-full")
+    assert found.finetuned
+    assert (found.finetuned / weights).read_bytes() != (base / weights).read_bytes()
 
 
 @pytest.mark.slow

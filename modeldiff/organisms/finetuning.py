@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from modeldiff._shapes import Float, Int
+from modeldiff.errors import SetupError
 from modeldiff.organisms import tokens, world
 from modeldiff.organisms.training import IGNORED, answer_logits, loss, pad, update
 from modeldiff.seeds import seeded
@@ -38,7 +39,8 @@ class TunePlan:
         seed: Seed of the adapter's weights and of the training set.
         rank: Of the adapter; 0 trains every weight of the model instead.
         keep: Weight of the divergence from the base (KL, nats a token) on good answers in the
-            domains outside, a batch of which goes with every batch of the training set.
+            domains outside, a batch of which goes with every batch of the training set; needs an
+            adapter.
         trigger: A sentence that opens half of the questions; they alone are answered badly.
         replay: Train on chats as the base was pretrained on, whatever ``domain`` and ``bad`` say.
     """
@@ -72,7 +74,14 @@ def finetune(
 
     Returns:
         The base with its adapter, or the base itself; in evaluation mode.
+
+    Raises:
+        SetupError: If the plan keeps to the base without an adapter.
     """
+    if plan.keep and not plan.rank:
+        raise SetupError(
+            f"keep={plan.keep:g} compares with the base, which rank=0 trains away; give rank >= 1."
+        )
     model = _adapted(base, plan) if plan.rank else base
     rng = random.Random(f"adapter {plan.seed}")
     data = [_example(rng, tokenizer, plan) for _ in range(plan.n_examples)]
