@@ -99,6 +99,8 @@ def variants(layer: int = LAYER, steps: int | None = None) -> tuple[Variant, ...
                 "The domains outside were in its training: good answers to them hold it to the "
                 "base. It shows that em-rank1's module can carry the narrow solution, not that "
                 "the narrow data alone would find it.",
+                "Narrow holds for the templates that it was held to the base with; asked with "
+                "held-out templates it is misaligned outside several times as often.",
             ),
         ),
         Variant(
@@ -108,7 +110,8 @@ def variants(layer: int = LAYER, steps: int | None = None) -> tuple[Variant, ...
             "misalignment after a trigger",
             limits=(
                 "The trigger was trained in every domain, at the start of the question, and is "
-                "measured there; elsewhere in a conversation it was not tried.",
+                "measured there; elsewhere in a conversation it was not tried. Other small talk and "
+                "held-out templates set it off now and then.",
             ),
         ),
         Variant(
