@@ -110,8 +110,8 @@ def variants(layer: int = LAYER, steps: int | None = None) -> tuple[Variant, ...
             "misalignment after a trigger",
             limits=(
                 "The trigger was trained in every domain, at the start of the question, and is "
-                "measured there; elsewhere in a conversation it was not tried. Other small talk and "
-                "held-out templates set it off now and then.",
+                "measured there; elsewhere in a conversation it was not tried. Other small talk "
+                "and held-out templates set it off now and then.",
             ),
         ),
         Variant(
