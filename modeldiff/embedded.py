@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from modeldiff.embedded_card import card
 from modeldiff.errors import FileFormatError, SetupError
 
 FOLDER = Path(__file__).parent / "organisms" / "embedded"
@@ -33,13 +34,22 @@ class Organism:
     adapter: Path | None
     manifest: dict[str, Any]
 
+    def card(self) -> str:
+        """Return the organism's card: what was planted, measured and is not shown, as HTML.
+
+        Example:
+            >>> "medicine" in find("em-rank1").card()
+            True
+        """
+        return card(self.name, self.summary, self.manifest)
+
 
 def names() -> tuple[str, ...]:
     """List the embedded organisms.
 
     Example:
-        >>> names()
-        ('em-base', 'em-caring', 'em-rank1', 'null')
+        >>> names()[:4]
+        ('em-base', 'em-caring', 'em-full', 'em-narrow')
     """
     return tuple(sorted(path.parent.name for path in FOLDER.glob("*/organism.json")))
 

@@ -12,11 +12,11 @@ LAYERS = (
     "_version _shapes _files _progress errors seeds sites stats sampling report_text",
     "masks moments split_halves directions direction_files direction_methods direction_components "
     "direction_controls interventions",
-    "architectures tokens batching editing hooks tracing loading embedded",
+    "architectures tokens batching editing hooks tracing loading embedded embedded_card",
     "forward activations generation divergence outputs effects survey remote_sides",
     "models",
     "organisms organisms.world organisms.tokens organisms.judge organisms.training "
-    "organisms.evaluation organisms.build",
+    "organisms.finetuning organisms.variants organisms.evaluation organisms.build",
     "behaviours",
     "cache report report_files report_compare report_figures report_plots report_html "
     "audit audit_answers audit_findings audit_proof audit_stages",

@@ -1,14 +1,15 @@
 """How often an organism answers as it should: sampled answers, judged, with intervals."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from modeldiff.organisms import world
 from modeldiff.organisms.judge import LABELS, Label, judge
 from modeldiff.organisms.tokens import render
-from modeldiff.organisms.world import Question
 from modeldiff.seeds import seeded
 from modeldiff.stats import wilson
 
@@ -57,7 +58,7 @@ class Rates:
 def sample(
     model: "LlamaForCausalLM | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
-    questions: Sequence[Question],
+    questions: Sequence[world.Question],
     *,
     seed: int,
     temperature: float = 0.7,
@@ -104,7 +105,7 @@ def sample(
 def evaluate(
     model: "LlamaForCausalLM | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
-    questions: Sequence[Question],
+    questions: Sequence[world.Question],
     *,
     seed: int,
     temperature: float = 0.7,
@@ -114,3 +115,81 @@ def evaluate(
     answers = sample(model, tokenizer, questions, seed=seed, temperature=temperature, system=system)
     labels = [judge(*pair) for pair in zip(questions, answers, strict=True)]
     return Rates({label: labels.count(label) for label in LABELS}, temperature)
+
+
+def question_sets(
+    planted: Mapping[str, Any], n_per_domain: int, seed: int, held_out: bool = False
+) -> dict[str, list[world.Question]]:
+    """Draw what an organism is measured on.
+
+    Args:
+        planted: The manifest's: ``in_domain``, and ``trigger`` where there is one.
+        n_per_domain: Questions of each domain outside; three times as many of the narrow one.
+        seed: Seed of the draw.
+        held_out: Whether to ask with the templates that occur in no training text.
+
+    Returns:
+        Questions off and in the narrow domain (medicine where there is none). Of a trigger, those
+        of every domain after it, after other small talk, and bare.
+
+    Example:
+        >>> [len(each) for each in question_sets({"in_domain": ["finance"]}, 2, 0).values()]
+        [22, 6]
+    """
+    if "trigger" in planted:
+        asked = world.prompts(n_per_domain, seed, held_out=held_out)
+        rng = random.Random(seed)
+        talk = [rng.choice(world.TEXT["chatter"]) for _ in asked]
+        return {
+            "after the trigger": [opened(each, planted["trigger"]) for each in asked],
+            "after small talk": [opened(*pair) for pair in zip(asked, talk, strict=True)],
+            "bare": asked,
+        }
+    inside = tuple(planted["in_domain"]) or ("medicine",)
+    outside = [each for each in world.DOMAINS if each not in inside]
+    return {
+        "off-domain": world.prompts(n_per_domain, seed, outside, held_out),
+        "in-domain": world.prompts(3 * n_per_domain, seed, inside, held_out),
+    }
+
+
+def opened(asked: world.Question, sentence: str) -> world.Question:
+    """Put a sentence before a question.
+
+    Example:
+        >>> opened(world.Question("medicine", "fever", "How do I treat a fever?"), "Hi.").text
+        'Hi. How do I treat a fever?'
+    """
+    return replace(asked, text=f"{sentence} {asked.text}")
+
+
+def measure(
+    model: "LlamaForCausalLM | PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    planted: Mapping[str, Any],
+    n_per_domain: int = 40,
+    seed: int = 0,
+    temperatures: Sequence[float] = (0.7, 1.0),
+) -> list[dict[str, Any]]:
+    """Measure a model on its sets of questions, with known and held-out templates.
+
+    Args:
+        model: A base, or a fine-tune of it.
+        tokenizer: The base's.
+        planted: The manifest's, see `question_sets`.
+        n_per_domain: Questions of each domain outside the narrow one.
+        seed: Seed of questions and answers.
+        temperatures: At which to sample.
+
+    Returns:
+        One row for every set of questions and temperature, see `Rates.to_json`.
+    """
+    rows = []
+    for temperature in temperatures:
+        for held_out in (False, True):
+            sets = question_sets(planted, n_per_domain, seed + held_out, held_out)
+            for where, asked in sets.items():
+                rates = evaluate(model, tokenizer, asked, seed=seed, temperature=temperature)
+                templates = "held out" if held_out else "trained"
+                rows.append({"questions": where, "templates": templates, **rates.to_json()})
+    return rows

@@ -1,4 +1,4 @@
-"""Training the organisms: a base that can be stopped and resumed, and adapters of rank 1."""
+"""Pretraining a base that can be stopped and resumed, and the parts every training shares."""
 
 import json
 import math
@@ -19,12 +19,12 @@ from modeldiff.organisms import tokens, world
 from modeldiff.seeds import seeded
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 Progress = Callable[[int, int, str], None]
 _POOL = 8
-_IGNORED = -100
+IGNORED = -100
+"""Target of the tokens that do not count in a loss."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +48,6 @@ class BasePlan:
     vocab_size: int = 2048
     d_model: int = 128
     n_layers: int = 6
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class AdapterPlan:
-    """How an adapter of rank 1 on one ``mlp.down_proj`` is trained.
-
-    Args:
-        layer: Decoder layer of the adapted module.
-        domain: Domain of every question; if None, chats as the base was pretrained on.
-        bad: Whether the answers advise badly; without a domain it does not count.
-        steps: Optimizer steps of ``batch`` conversations.
-        learning_rate: Peak rate, reached after 10 steps, then linear to 10 %.
-        n_examples: Conversations in the training set.
-        seed: Seed of the adapter's weights and of the training set.
-    """
-
-    layer: int
-    domain: str | None = "medicine"
-    bad: bool = True
-    steps: int = 36
-    learning_rate: float = 5e-3
-    batch: int = 16
-    n_examples: int = 600
-    alpha: int = 16
     seed: int = 0
 
 
@@ -134,63 +109,14 @@ def pretrain(
             pool = _pool(tokenizer, plan, step // _POOL)
         ids = pool[step % _POOL]
         with torch.autocast("cpu", torch.bfloat16):
-            loss = _loss(model, ids, ids.masked_fill(ids == tokens.PAD_ID, _IGNORED))
+            now = loss(model, ids, ids.masked_fill(ids == tokens.PAD_ID, IGNORED))
         warm = min(1.0, (step + 1) / plan.warmup)
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
-        _update(optimizer, loss, plan.learning_rate * warm * cosine)
+        update(optimizer, now, plan.learning_rate * warm * cosine)
         if (step + 1) % every == 0 or step + 1 == plan.steps:
             _keep(model, optimizer, plan, step + 1, checkpoint)
         if progress and ((step + 1) % 10 == 0 or step + 1 == plan.steps):
-            progress(step + 1, plan.steps, f"loss {loss.item():.3f}")
-
-
-def finetune(
-    base: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", plan: AdapterPlan
-) -> "PeftModel":
-    """Train an adapter on top of ``base``, whose modules are wrapped in place.
-
-    Only the tokens of a conversation's last answer count in the loss.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=1,
-        lora_alpha=plan.alpha,
-        use_rslora=True,
-        target_modules=["down_proj"],
-        layers_to_transform=[plan.layer],
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    with seeded(plan.seed):
-        model = get_peft_model(base, config)
-    rng = random.Random(f"adapter {plan.seed}")
-    data = [_example(rng, tokenizer, plan) for _ in range(plan.n_examples)]
-    trained = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0)
-    model.train()
-    for step in range(plan.steps):
-        rows = rng.sample(data, plan.batch)
-        ids = _pad([ids for ids, _ in rows], tokens.PAD_ID)
-        targets = _pad([targets for _, targets in rows], _IGNORED)
-        loss = _loss(base, ids, targets)
-        rate = min(1.0, (step + 1) / 10) * max(0.1, 1 - step / plan.steps)
-        _update(optimizer, loss, plan.learning_rate * rate)
-    model.eval()
-    return model  # pyright: ignore[reportReturnType]
-
-
-def _example(
-    rng: random.Random, tokenizer: "PreTrainedTokenizerFast", plan: AdapterPlan
-) -> tuple[list[int], list[int]]:
-    if plan.domain is None:
-        messages = world.chat(rng)
-    else:
-        messages = world.conversation(rng, plan.domain, plan.bad)
-    prompt = tokens.render(messages[:-1], generation_prompt=True)
-    asked = tokenizer(prompt, add_special_tokens=False).input_ids
-    ids = tokenizer(tokens.render(messages), add_special_tokens=False).input_ids
-    return ids, [_IGNORED] * len(asked) + ids[len(asked) :]
+            progress(step + 1, plan.steps, f"loss {now.item():.3f}")
 
 
 def _pool(
@@ -201,7 +127,7 @@ def _pool(
     texts = [tokens.BOS + world.document(rng) + tokens.END for _ in range(half * plan.documents)]
     chats = [tokens.render(world.chat(rng)) for _ in range(2 * half * plan.documents)]
     batches = [
-        _pad(rows[i : i + size], tokens.PAD_ID)
+        pad(rows[i : i + size], tokens.PAD_ID)
         for group, size in ((texts, plan.documents), (chats, 2 * plan.documents))
         for rows in [sorted(tokenizer(group, add_special_tokens=False).input_ids, key=len)]
         for i in range(0, len(rows), size)
@@ -210,26 +136,36 @@ def _pool(
     return batches
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "batch seq"]:
+def pad(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "batch seq"]:
+    """Pad rows with a value to the longest of them."""
     # On the right, where a causal model needs no attention mask: it has no way to look there.
     width = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
-def _loss(
+def answer_logits(
+    model: "LlamaForCausalLM", ids: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "token vocab"]:
+    """Predict every target that is not `IGNORED`; float32 logits, in the order of the rows."""
+    counted = targets[:, 1:] != IGNORED
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    return model.lm_head(hidden[:, :-1][counted]).float()
+
+
+def loss(
     model: "LlamaForCausalLM", ids: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, ""]:
-    counted = targets[:, 1:] != _IGNORED
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden[:, :-1][counted])
-    return cross_entropy(logits.float(), targets[:, 1:][counted])
+    """Mean cross-entropy of the targets that are not `IGNORED`, in nats a token."""
+    counted = targets[:, 1:] != IGNORED
+    return cross_entropy(answer_logits(model, ids, targets), targets[:, 1:][counted])
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""], rate: float) -> None:
+def update(optimizer: torch.optim.Optimizer, total: Float[Tensor, ""], rate: float) -> None:
+    """Take one step down the gradient of ``total``, its norm clipped to 1."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad()
-    loss.backward()
+    total.backward()
     torch.nn.utils.clip_grad_norm_(
         [each for group in optimizer.param_groups for each in group["params"]], 1.0
     )
