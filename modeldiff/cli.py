@@ -61,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "audit", _audit, "the whole audit, written to a folder", _audit_arguments)
     _add(commands, "rerun", _rerun, "repeat an audit and compare its numbers", _rerun_arguments)
     _add(
-        commands, "organisms", _organisms, "the embedded pairs whose truth is known", _no_arguments
+        commands,
+        "organisms",
+        _organisms,
+        "the embedded pairs whose truth is known",
+        _organisms_arguments,
     )
     _add(commands, "lab", _lab, "open JupyterLab on a copy of the notebooks", _lab_arguments)
     return parser
@@ -79,8 +83,10 @@ def _add(
     parser.set_defaults(command=run)
 
 
-def _no_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+def _organisms_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("build", nargs=argparse.REMAINDER,
+                        help="'build --out DIR' makes all of them again (an hour); "
+                        "'build --help' tells more")  # fmt: skip
 
 
 def _pair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -274,6 +280,13 @@ def _rerun(options: argparse.Namespace) -> int:
 def _organisms(options: argparse.Namespace) -> int:
     from modeldiff import embedded
 
+    if options.build[:1] == ["build"]:
+        from modeldiff.organisms import build
+
+        build.main(options.build[1:])
+        return OK
+    if options.build:
+        raise ModelDiffError(f"organisms takes nothing or 'build ...', got {options.build}.")
     for name in embedded.names():
         found = embedded.find(name)
         _say(f"organism:{name}\n    {found.summary}")

@@ -138,16 +138,16 @@ def test_nothing_is_claimed_for_pairs_that_are_the_same(kind):
             assert (outputs.loc[["kl_ft_base", "js", "delta_logprob"], "estimate"] == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["tiny", "other"])
-def test_a_change_that_leaves_the_behaviour_alone_is_rarely_called_one(kind):
+@pytest.mark.parametrize(("kind", "n", "most"), [("tiny", 6, 2), ("other", 20, 3)])
+def test_a_change_that_leaves_the_behaviour_alone_is_rarely_called_one(kind, n, most):
     asked, alarms = behaviour(judge=Coin()), 0
-    for seed in range(20):
+    for seed in range(n):
         report = audit_of(null_pair(kind, seed), behaviours=(asked,)).run()
         assert report.findings[PREDICTS].holds  # which is true
         alarms += report.findings[CHANGED].holds is True
         if not report.findings[CHANGED].holds:
             assert (len(report.findings), report.directions) == (2, ())
-    assert alarms <= 3  # of 20 at 5 %: more with probability 1.6 %
+    assert alarms <= most  # at 5 %: more than 3 of 20 with probability 1.6 %, 2 of 6 with 0.2 %
 
 
 def simulated(rng, rate, n_random=20, n_prompts=40):
@@ -181,14 +181,14 @@ def proven_of(judged, n_random=20):
 
 
 def test_findings_on_pure_noise_hold_no_oftener_than_they_may():
-    rng, trials = np.random.default_rng(0), 60
+    rng, trials = np.random.default_rng(0), 40
     alarms = np.zeros(3)
     for trial in range(trials):
         judged = simulated(rng, rate=(0.1, 0.5)[trial % 2])
         held = [findings.behaviour_differs(judged), *proven_of(judged)]
         alarms += [finding.holds is True for finding in held]
-    assert alarms[0] <= 8  # of 60 at 5 %: more with probability 0.4 %
-    assert (alarms[1:] <= 5).all()  # of 60 at 2.5 %: more with probability 0.3 %
+    assert alarms[0] <= 6  # of 40 at 5 %: more with probability 0.3 %
+    assert (alarms[1:] <= 4).all()  # of 40 at 2.5 %: more with probability 0.3 %
 
 
 def test_closing_the_distance_by_noise_holds_no_oftener_than_it_may():
@@ -358,10 +358,10 @@ def test_nothing_that_was_found_on_a_prompt_is_proven_on_it(pair, monkeypatch):
     assert proven[0] | found[0] == {p.item for p in twice.prompts}
 
 
-def test_the_size_of_the_batches_changes_no_number(pair, explained):
-    settings = replace(CHEAP, n_random=20, max_rows=7)
-    other = audit_of(pair, settings=settings).run()
-    assert explained.compare(other, 1e-5)["within"].all()
+def test_the_size_of_the_batches_changes_no_number(pair):
+    few = replace(CHEAP, max_rows=7, max_tokens=64)
+    one, other = (audit_of(pair, settings=settings).run() for settings in (CHEAP, few))
+    assert one.compare(other, 1e-5)["within"].all()
 
 
 def test_what_was_asked_is_in_the_report(pair, explained):

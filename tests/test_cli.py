@@ -261,8 +261,8 @@ def stopped_when(arguments, ready, seconds=60):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT")
-def test_ctrl_c_keeps_what_is_finished_and_the_next_run_completes_it(tmp_path, capsys):
-    arguments = ["audit", "organism:em-rank1", "--prompts", "2", "--random", "4", "--quiet",
+def test_ctrl_c_keeps_what_is_finished_and_the_next_run_completes_it(local, tmp_path, capsys):
+    arguments = ["audit", *pair_of(local), "--texts", str(local / "texts.txt"), "--random", "60",
                  "--out", str(tmp_path / "out")]  # fmt: skip
     records = tmp_path / "out" / "cache" / "answers"
     code, out, err = stopped_when(arguments, lambda: any(records.glob("*.json")))
@@ -309,3 +309,11 @@ def test_behaviour_reports_can_be_made_from_python_and_printed(capsys):
     assert "[yes] Ablating the direction removes the behaviour" in text
     assert "model shift ablated at layer 2" in text
     assert text.count("note: ") == len(report.caveats)
+
+
+def test_organisms_build_is_reached_and_anything_else_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["organisms", "build", "--help"])
+    assert stopped.value.code == 0
+    assert "--out" in capsys.readouterr().out
+    assert main(["organisms", "feed"]) == 2
