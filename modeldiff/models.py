@@ -124,6 +124,9 @@ class ModelPair:
             peft = _adapted(root, several, revision, subfolder)
             tuned, (active, *others) = root, several
             names = str(base), str(several[active])
+        if tokenizer.chat_template is None:  # plain bases leave it to their chat fine-tunes
+            other = _tokenizer(names[1], revision, subfolder, fallback=tokenizer)
+            tokenizer.chat_template = other.chat_template
         sides = Sides(
             kind="two" if peft is None else "adapter",
             roots=(root, tuned),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modeldiff._files import digest
 from modeldiff._shapes import Bool, Float, Int
+from modeldiff.errors import InterventionError
 
 
 def noise(seed: int, prompt: Sequence[int], sample: int, n: int) -> Float[Tensor, " n"]:
@@ -50,7 +51,18 @@ class Sampler:
     def __call__(
         self, input_ids: Int[Tensor, "row seq"], scores: Float[Tensor, "row vocab"]
     ) -> Float[Tensor, "row vocab"]:
-        """Return scores that are 0 at the chosen token and -inf elsewhere."""
+        """Return scores that are 0 at the chosen token and -inf elsewhere.
+
+        Raises:
+            InterventionError: If a logit is NaN; no token could be drawn from it.
+        """
+        broken = int(torch.isnan(scores).any(-1).sum())
+        if broken:
+            raise InterventionError(
+                f"the logits of {broken} of {len(scores)} rows are NaN at generated token "
+                f"{self._step}: an edit is too strong for the model's dtype, or the weights are "
+                "damaged. Use a smaller coefficient, or load the pair in float32."
+            )
         chosen = choose(scores, self._uniform[:, self._step], self._temperature)
         if self._on_step is not None:
             self._on_step(self._step, chosen)

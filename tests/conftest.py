@@ -4,6 +4,7 @@ import beartype  # noqa: F401  first: nnsight mounts `.save` on `object`, which 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; two threads stall on shared cores
 
 import socket
 

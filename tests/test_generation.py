@@ -582,3 +582,13 @@ def test_the_pair_is_usable_with_its_peft_model_in_training():
     peft.train()
     assert ids_of(pair.generate(PROMPTS, max_new_tokens=4)) == expected
     assert peft.training
+
+
+@pytest.mark.parametrize("engine", ["hooks", "nnsight"])
+def test_nan_logits_are_an_error_and_leave_the_model_as_it_was(engine):
+    pair = build_adapter_pair()
+    before = pair.generate(PROMPTS, temperature=0, max_new_tokens=3)
+    blown = Steer(Direction.of(torch.randn(32), "resid_post.1", "d"), float("inf"))
+    with pytest.raises(InterventionError, match="are NaN at generated token 0"):
+        pair.generate(PROMPTS, do=blown, models=("finetuned",), max_new_tokens=3, engine=engine)
+    assert pair.generate(PROMPTS, temperature=0, max_new_tokens=3).answers == before.answers

@@ -603,3 +603,23 @@ def test_a_remote_pair_loads_no_weights_and_passes_remote_and_the_same_plan_on(
     assert sent[0]["input_ids"].device.type == "cpu"
     with pytest.raises(RemoteError, match="not built yet"):
         pair.capture(["the cat"], "resid_post.1")
+
+
+@pytest.mark.parametrize("kind", ["finetuned", "adapter"])
+def test_a_base_without_a_chat_template_takes_the_fine_tunes(tmp_path, kind):
+    from tests.families import peft_model
+
+    plain = tokenizer()
+    plain.chat_template = None
+    model("llama").save_pretrained(tmp_path / "base")
+    plain.save_pretrained(tmp_path / "base")
+    if kind == "adapter":
+        peft_model().save_pretrained(tmp_path / "tuned")
+        there = tmp_path / "tuned" / "tuned"
+    else:
+        there = tmp_path / "tuned"
+        model("llama", 1).save_pretrained(there)
+    tokenizer().save_pretrained(there)
+    pair = ModelPair.load(tmp_path / "base", **{kind: there})
+    (text,) = pair.texts([[{"role": "user", "content": "the cat"}]], reply=True)
+    assert "user" in text.roles
