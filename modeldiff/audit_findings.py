@@ -224,13 +224,14 @@ def _necessary(judged: Judged, rows: pd.DataFrame, controls: pd.DataFrame, seed:
     coherent = bool(sound(ablated, tuned.to_dict()).all())
     kept = float(ablated["coherent"].iloc[0])
     falls = change.high < 0 and after.mean() < band.low
+    like_random = False if after.mean() >= band.low else None  # lower, but perhaps by chance
     text_null = rows[rows["edit"] == TEXT_NULL]["rate"]
     same_text = "".join(f"; the base's own contrast of texts {rate:.1%}" for rate in text_null)
     doubt = "" if coherent else "; too few, or too few could be scored: is the model broken?"
     left = falls and after.mean() > rows[rows["cell"] == "base"]["rate_high"].iloc[0]
     return Finding(
         claim=f"Ablating the direction {'lowers' if left else 'removes'} the behaviour",
-        holds=bool(falls) and (True if coherent else None),
+        holds=(True if coherent else None) if falls else like_random,
         evidence=f"{before.mean():.1%} → {after.mean():.1%} of answers "
         f"(change {change.estimate:+.1%} [{change.low:+.1%}, {change.high:+.1%}], p = {p:.2g}); "
         f"{len(rates)} random directions of the same length leave {rates.mean():.1%} (band "
@@ -249,9 +250,11 @@ def _sufficient(judged: Judged, rows: pd.DataFrame) -> Finding:
     alone = asked[asked["edit"].str.startswith("random ")].groupby("edit")["exhibits"].mean()
     worst = float(alone.astype(float).max())
     bar = max(float(base["rate_high"]), float(shaken["rate_high"].max()), worst)
+    shown = best["rate_low"] > bar
+    absent = False if best["rate_high"] <= bar + NEGLIGIBLE else None
     return Finding(
         claim="Adding the direction to the base brings the behaviour about",
-        holds=bool(best["rate_low"] > bar) and (True if len(kept) else None),
+        holds=(True if len(kept) else None) if shown else absent,
         evidence=f"{best['cell']}: {best['rate']:.1%} [{best['rate_low']:.1%}, "
         f"{best['rate_high']:.1%}] of answers at {best['coherent']:.1%} coherence; the base shows "
         f"it in {base['rate']:.1%}, and with {len(alone) // len(shaken)} random "
@@ -274,7 +277,7 @@ def distance_closed(
     return [
         Finding(
             claim="Ablating the direction brings the fine-tune back towards the base",
-            holds=bool(change.high < 0 and after.mean() < band.low),
+            holds=bool(change.high < 0) or None if after.mean() < band.low else False,
             evidence=f"KL(edited || base) falls from {before.mean():.3g} to {after.mean():.3g} "
             f"nats a token ({closed:.0%} of the distance; change [{change.low:+.3g}, "
             f"{change.high:+.3g}], {len(before)} held-out texts, ablated at {chosen}); "
