@@ -14,7 +14,7 @@ from modeldiff._files import PathLike
 from modeldiff._progress import Progress
 from modeldiff.activations import Activations
 from modeldiff.architectures import SiteMap, site_map_of
-from modeldiff.errors import MismatchError
+from modeldiff.errors import MismatchError, SetupError
 from modeldiff.forward import Engine, Run
 from modeldiff.generation import Generations, OnStep
 from modeldiff.interventions import Cell, Edit, Plan, Side
@@ -97,7 +97,7 @@ class ModelPair:
                 problem.
             InactiveAdapterError: If the fine-tune changes nothing.
             SiteError: If the family of models is not known.
-            SetupError: If no embedded organism has the name.
+            SetupError: If no embedded organism has the name, or nothing loadable is there.
         """
         if str(base).startswith("organism:"):
             return cls._organism(str(base), finetuned, adapter, device=device, dtype=dtype)
@@ -362,18 +362,21 @@ def _tokenizer(path: Any, revision: str | None, subfolder: str, fallback: Any = 
 
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, subfolder=subfolder)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
         if fallback is None:
-            raise
+            raise SetupError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
         return fallback  # fine-tunes are often published without one: the base's is meant
 
 
 def _model(path: Any, revision: str | None, subfolder: str, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path, revision=revision, subfolder=subfolder, use_safetensors=True, **options
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, subfolder=subfolder, use_safetensors=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise SetupError(f"no model could be loaded from {str(path)!r}: {error}") from error
     return model.eval().requires_grad_(False)
 
 
