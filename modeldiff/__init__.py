@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from modeldiff.masks import Span as Span
     from modeldiff.models import ModelPair as ModelPair
     from modeldiff.outputs import OutputDiff as OutputDiff
+    from modeldiff.prefill import Prefill as Prefill
     from modeldiff.report import Report as Report
     from modeldiff.sites import Site as Site
     from modeldiff.tokens import Chat as Chat
@@ -64,6 +65,7 @@ _HOMES = {
     "masks": "Last New Positions Regex Role Span",
     "models": "ModelPair",
     "outputs": "OutputDiff",
+    "prefill": "Prefill",
     "report": "Report",
     "sites": "Site",
     "tokens": "Chat Completion",

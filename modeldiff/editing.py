@@ -108,7 +108,7 @@ class Editor:
         self.acts: dict[Site, Tensor] = {}
         self.fired: Counter[int] = Counter()
         """Tokens changed by each placed edit, by its number; plain data, so it travels back."""
-        self._groups = groups
+        self.groups = groups
         self._reads = frozenset(reads)
         self._leaf = min(reads) if leaf and reads else None
         self._placed = _place(batch, groups)
@@ -120,6 +120,19 @@ class Editor:
     def edits(self, site: Site) -> bool:
         """Whether anything at this site is changed rather than only read."""
         return site in self._placed or site in self._silenced or site == self._leaf
+
+    @property
+    def first_layer(self) -> int | None:
+        """First layer whose own work on the prompts an edit can change; None if there is none.
+
+        An edit of a layer's output is the next layer's affair.
+        """
+        layers = [
+            site.layer + (site.kind == "resid_post")
+            for site, placed in self._placed.items()
+            if any(one.selected for one in placed)
+        ]
+        return min(layers, default=None)
 
     def at(self, site: Site, h: Tensor) -> Tensor:
         """Take the activation at a site, return what takes its place; ``h`` is not modified."""
@@ -138,7 +151,7 @@ class Editor:
             for one in placed:
                 why = "never reached" if one.selected else "its mask selects no token"
                 message = f"{one.edit.describe()!r} at {site}: {why}"
-                key = self._groups[one.group].cell, id(one.edit), site
+                key = self.groups[one.group].cell, id(one.edit), site
                 found[key] = "" if self.fired[one.number] else message
         return found
 
@@ -152,7 +165,7 @@ class Editor:
 
     def _edited(self, site: Site, h: Tensor) -> Tensor:
         parts = []
-        for index, group in enumerate(self._groups):
+        for index, group in enumerate(self.groups):
             start, stop = group.rows
             part = h if (start, stop) == (0, h.shape[0]) else h[start:stop]
             if group.adapter_off and site in self._silenced:

@@ -1,7 +1,7 @@
 """Generating a grid of {base, fine-tuned} x {none, edits}, side by side, with shared noise."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from modeldiff._files import digest
 from modeldiff._progress import Progress, check, reporter
 from modeldiff.batching import Batch, make_batch, padding_id
 from modeldiff.editing import Editor, Group, Silent, check_fired
@@ -19,6 +20,7 @@ from modeldiff.hooks import hooked
 from modeldiff.interventions import Cell, Edit, Plan, Replace, Side, grid
 from modeldiff.loading import SIDES, Sides, lock_of
 from modeldiff.masks import parse_mask
+from modeldiff.prefill import Prefill
 from modeldiff.sampling import Sampler, Stopper, noise
 from modeldiff.tokens import Text
 
@@ -121,6 +123,7 @@ class _Job:
     on_step: OnStep | None
     cancel: Event | None
     engine: Engine
+    prefill: Prefill | None
 
 
 def generate(
@@ -139,6 +142,7 @@ def generate(
     cancel: Event | None = None,
     progress: Progress = False,
     engine: Engine = "hooks",
+    prefill: Prefill | None = None,
 ) -> Generations:
     """Generate answers of every cell to every prompt.
 
@@ -161,6 +165,8 @@ def generate(
         cancel: Event that stops at the next token.
         progress: Where to report, batch by batch.
         engine: "hooks", or "nnsight" for the same numbers through nnsight.
+        prefill: Work kept from call to call: layers below the first edit are not run again on
+            prompts that were asked before. The answers are the same.
 
     Raises:
         InterventionError: If an edit did not fire, or cannot act during generation.
@@ -171,7 +177,7 @@ def generate(
     _check(sides, texts, grid_cells, n, temperature)
     job = _Job(
         sides, texts, _occurrences(texts, n), grid_cells, n, seed, temperature, max_new_tokens,
-        end_ids(sides), on_step, cancel, engine,
+        end_ids(sides), on_step, cancel, engine, prefill,
     )  # fmt: skip
     report = reporter(progress, "generate")
     done: dict[Row, Answer] = {}
@@ -352,8 +358,27 @@ def _execute(
             model, inputs, editor, job.sides.site_map, adapter=adapter,
             remote=job.sides.remote, **options,
         )  # fmt: skip
-    with hooked(root, job.sides.site_map, editor, adapter):
+    with ExitStack() as stack:
+        if job.prefill is not None:
+            stack.enter_context(_reusing(job, job.prefill, root, batch, editor, side))
+        stack.enter_context(hooked(root, job.sides.site_map, editor, adapter))
         return root.generate(**inputs, **options)
+
+
+def _reusing(
+    job: _Job, prefill: Prefill, root: Any, batch: Batch, editor: Editor, side: Side
+) -> AbstractContextManager[None]:
+    n_layers = job.sides.shape(side).n_layers
+    below = n_layers if editor.first_layer is None else editor.first_layer
+    silenced = [group.rows for group in editor.groups if group.adapter_off]
+    key = digest(
+        side,
+        job.sides.adapter_of(side),
+        batch.ids.tolist(),
+        batch.attention_mask.tolist(),
+        silenced,
+    )
+    return prefill.used(root, job.sides.site_map, n_layers, key, below)
 
 
 def _streamed(job: _Job, rows: list[Row]) -> Callable[[int, Tensor], None]:

@@ -31,6 +31,7 @@ from modeldiff.loading import (
 )
 from modeldiff.masks import Mask
 from modeldiff.outputs import OutputDiff
+from modeldiff.prefill import Prefill
 from modeldiff.sites import Site, parse_sites
 from modeldiff.tokens import Text
 
@@ -301,12 +302,14 @@ class ModelPair:
         cancel: Event | None = None,
         progress: Progress = False,
         engine: Engine = "hooks",
+        prefill: Prefill | None = None,
     ) -> Generations:
         """Generate {base, fine-tuned} x {none, edits}; see `modeldiff.generation.generate`."""
         return generation.generate(
             self.sides, prompts, do=do, models=models,
             cells=cells, n=n, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens,
             max_rows=max_rows, on_step=on_step, cancel=cancel, progress=progress, engine=engine,
+            prefill=prefill,
         )  # fmt: skip
 
     def output_diff(

@@ -12,14 +12,17 @@ LAYERS = (
     "_version _shapes _files _progress errors seeds sites stats sampling report_text",
     "masks moments split_halves directions direction_files direction_methods direction_components "
     "direction_controls interventions",
-    "architectures tokens batching editing hooks tracing loading embedded embedded_card",
+    "architectures tokens batching editing hooks prefill tracing loading embedded embedded_card",
     "forward activations generation divergence outputs effects survey remote_sides",
     "models",
     "organisms organisms.world organisms.tokens organisms.judge organisms.training "
-    "organisms.finetuning organisms.variants organisms.evaluation organisms.build",
+    "organisms.finetuning organisms.variants organisms.evaluation organisms.manifests "
+    "organisms.spurious organisms.topic organisms.checkpoints organisms.steps organisms.backtrack "
+    "organisms.planted organisms.nulls organisms.build",
     "behaviours",
     "cache report report_files report_compare report_figures report_plots report_html "
     "audit audit_answers audit_findings audit_proof audit_stages",
+    "bench bench.table bench.scores bench.cases bench.methods bench.nulls bench.run",
     "cli __main__",
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
