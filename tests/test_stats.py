@@ -1,4 +1,5 @@
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from modeldiff import stats
 from modeldiff.errors import MismatchError
 from modeldiff.stats import (
     Band,
+    auroc,
     benjamini_hochberg,
     bootstrap_mean,
     empirical_p,
@@ -262,3 +264,16 @@ def test_bootstrap_interval_stays_between_the_extremes(values, seed):
     found = bootstrap_mean(values, seed=seed, n_resamples=50)
     slack = 1e-9 * max(1, *map(abs, values))
     assert min(values) - slack <= found.low <= found.high <= max(values) + slack
+
+
+def test_auroc_counts_pairs_and_its_interval_covers():
+    rng = np.random.default_rng(0)
+    high, low = rng.integers(0, 9, 40), rng.integers(0, 7, 30)
+    pairs = [(a > b) + 0.5 * (a == b) for a in high for b in low]
+    assert auroc(high, low).estimate == pytest.approx(np.mean(pairs))
+    assert auroc(low, high).estimate == pytest.approx(1 - np.mean(pairs))
+    assert math.isnan(auroc([], [1.0]).estimate)
+    assert auroc([2.0, 3.0], [0.0, 1.0]).estimate == 1.0
+    truth = NormalDist().cdf(1 / math.sqrt(2))  # two unit normals, one apart
+    found = [auroc(rng.normal(1, 1, 40), rng.normal(0, 1, 60)) for _ in range(400)]
+    assert 0.91 < np.mean([each.low <= truth <= each.high for each in found]) < 0.98
