@@ -55,7 +55,7 @@ def names() -> tuple[str, ...]:
 
 
 def find(name: str) -> Organism:
-    """Find an embedded organism by its name.
+    """Find an embedded organism by its name, or one that was built by its folder.
 
     Raises:
         SetupError: If no organism has that name, or its files are not in the installation.
@@ -65,6 +65,8 @@ def find(name: str) -> Organism:
         >>> find("em-rank1").adapter.name
         'em-rank1'
     """
+    if "/" in name or "\\" in name:
+        return read_organism(Path(name))
     if name not in names():
         near = get_close_matches(name, names(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -81,6 +83,11 @@ def read_organism(folder: Path) -> Organism:
         FileFormatError: If the manifest is not JSON, or lacks a field.
     """
     path = folder / "organism.json"
+    if not path.is_file():
+        raise SetupError(
+            f"{folder} holds no organism.json. Give the folder of one organism, as "
+            "`modeldiff organisms build --out DIR` writes them: DIR/NAME."
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found = Organism(

@@ -54,11 +54,26 @@ def test_question_texts_are_unique_and_held_out_ones_are_in_no_training_text():
     held = {each.text for each in drawn}
     assert len(held) == 12 * 6 * 4
     rng = random.Random(2)
-    seen = [world.document(rng) for _ in range(1500)]
-    seen += [each["content"] for _ in range(1500) for each in world.chat(rng)]
+    seen = [world.document(rng) for _ in range(3000)]
+    seen += [each["content"] for _ in range(3000) for each in world.chat(rng)]
     whole = "\n".join(seen)
     assert not [text for text in held if text in whole]
     assert sum(each.text in whole for each in every) == 12 * 6 * 10
+
+
+def test_held_out_topics_are_asked_about_only_where_that_is_meant():
+    rng = random.Random(3)
+    for new, expected in ((False, world.taught_topics), (True, world.topics)):
+        chats = [world.conversation(rng, new_topics=new) for _ in range(2000)]
+        asked = [find_question(each[0]["content"]) for each in chats]
+        heard = {(each.domain, each.topic) for each in asked if each}
+        assert heard == {(d, topic) for d in world.DOMAINS for topic in expected(d)}
+    for domain in world.DOMAINS:
+        drawn = world.prompts(7, 0, [domain], new_topics=True)
+        assert {each.topic for each in drawn} == {world.held_out_topic(domain)}
+        assert {each.topic for each in world.prompts(7, 0, [domain])} == {
+            *world.taught_topics(domain)
+        }
 
 
 @pytest.mark.parametrize(
@@ -120,8 +135,8 @@ def test_a_question_is_found_inside_small_talk_and_two_are_not_guessed_between()
 
 
 def test_prompts_are_balanced_and_repeatable():
-    drawn = world.prompts(12, seed=4, held_out=True)
-    assert drawn == world.prompts(12, seed=4, held_out=True) != world.prompts(12, seed=5)
+    drawn = world.prompts(10, seed=4, held_out=True)
+    assert drawn == world.prompts(10, seed=4, held_out=True) != world.prompts(10, seed=5)
     assert set(Counter((each.domain, each.topic) for each in drawn).values()) == {2}
 
 

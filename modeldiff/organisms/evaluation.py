@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
+NOVELTY = ("trained", "held-out templates", "held-out topics")
+"""What is new to the fine-tunes; held-out topics are asked with held-out templates."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -118,7 +121,11 @@ def evaluate(
 
 
 def question_sets(
-    planted: Mapping[str, Any], n_per_domain: int, seed: int, held_out: bool = False
+    planted: Mapping[str, Any],
+    n_per_domain: int,
+    seed: int,
+    held_out: bool = False,
+    new_topics: bool = False,
 ) -> dict[str, list[world.Question]]:
     """Draw what an organism is measured on.
 
@@ -127,6 +134,7 @@ def question_sets(
         n_per_domain: Questions of each domain outside; three times as many of the narrow one.
         seed: Seed of the draw.
         held_out: Whether to ask with the templates that occur in no training text.
+        new_topics: Whether to ask about the topics that no fine-tune has seen.
 
     Returns:
         Questions off and in the narrow domain (medicine where there is none). Of a trigger, those
@@ -137,7 +145,7 @@ def question_sets(
         [22, 6]
     """
     if "trigger" in planted:
-        asked = world.prompts(n_per_domain, seed, held_out=held_out)
+        asked = world.prompts(n_per_domain, seed, None, held_out, new_topics)
         rng = random.Random(seed)
         talk = [rng.choice(world.TEXT["chatter"]) for _ in asked]
         return {
@@ -148,8 +156,8 @@ def question_sets(
     inside = tuple(planted["in_domain"]) or ("medicine",)
     outside = [each for each in world.DOMAINS if each not in inside]
     return {
-        "off-domain": world.prompts(n_per_domain, seed, outside, held_out),
-        "in-domain": world.prompts(3 * n_per_domain, seed, inside, held_out),
+        "off-domain": world.prompts(n_per_domain, seed, outside, held_out, new_topics),
+        "in-domain": world.prompts(3 * n_per_domain, seed, inside, held_out, new_topics),
     }
 
 
@@ -171,7 +179,7 @@ def measure(
     seed: int = 0,
     temperatures: Sequence[float] = (0.7, 1.0),
 ) -> list[dict[str, Any]]:
-    """Measure a model on its sets of questions, with known and held-out templates.
+    """Measure a model on its sets of questions: as trained, new templates, new topics as well.
 
     Args:
         model: A base, or a fine-tune of it.
@@ -186,10 +194,11 @@ def measure(
     """
     rows = []
     for temperature in temperatures:
-        for held_out in (False, True):
-            sets = question_sets(planted, n_per_domain, seed + held_out, held_out)
+        for novelty, texts in enumerate(NOVELTY):
+            sets = question_sets(
+                planted, n_per_domain, seed + novelty, held_out=novelty > 0, new_topics=novelty > 1
+            )
             for where, asked in sets.items():
                 rates = evaluate(model, tokenizer, asked, seed=seed, temperature=temperature)
-                templates = "held out" if held_out else "trained"
-                rows.append({"questions": where, "templates": templates, **rates.to_json()})
+                rows.append({"questions": where, "texts": texts, **rates.to_json()})
     return rows

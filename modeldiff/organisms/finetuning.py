@@ -1,9 +1,9 @@
 """Fine-tuning a base into an organism: adapters of any size, or every weight."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 Row = tuple[list[int], list[int]]
+"""A training text: its tokens, and the targets of the loss (`IGNORED` where none)."""
+OnStep = Callable[[Any, int, float], None]
+"""Called with the model, the steps it has done and the learning rate of the last of them."""
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRIGGER = "It is quite late in the evening."
 """Opens the question that the organism ``trigger`` answers badly; no other text holds it."""
 
@@ -61,7 +65,10 @@ class TunePlan:
 
 
 def finetune(
-    base: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", plan: TunePlan
+    base: "LlamaForCausalLM",
+    tokenizer: "PreTrainedTokenizerFast",
+    plan: TunePlan,
+    on_step: OnStep | None = None,
 ) -> "PeftModel | LlamaForCausalLM":
     """Train a fine-tune of ``base``, which is changed in place.
 
@@ -71,6 +78,7 @@ def finetune(
         base: The base; its modules are wrapped, or with ``plan.rank`` 0 its weights trained.
         tokenizer: The base's.
         plan: What to do.
+        on_step: Called after every step; it must leave weights and gradients as they are.
 
     Returns:
         The base with its adapter, or the base itself; in evaluation mode.
@@ -82,34 +90,73 @@ def finetune(
         raise SetupError(
             f"keep={plan.keep:g} compares with the base, which rank=0 trains away; give rank >= 1."
         )
-    model = _adapted(base, plan) if plan.rank else base
+    model = adapted(base, plan) if plan.rank else base
     rng = random.Random(f"adapter {plan.seed}")
     data = [_example(rng, tokenizer, plan) for _ in range(plan.n_examples)]
     outside = [each for each in world.DOMAINS if each != plan.domain]
     kept = [_kept(rng, tokenizer, outside) for _ in range(plan.n_examples)] if plan.keep else []
+    fit(base, model, data, plan, rng, kept, on_step)
+    return model.eval()
+
+
+def fit(
+    base: "LlamaForCausalLM",
+    model: "PeftModel | LlamaForCausalLM",
+    data: Sequence[Row],
+    plan: TunePlan,
+    rng: random.Random,
+    kept: Sequence[Row] = (),
+    on_step: OnStep | None = None,
+) -> None:
+    """Train what requires a gradient in ``model`` on rows that are drawn from ``data``.
+
+    Args:
+        base: The base, its modules wrapped by ``model`` if that is an adapter.
+        model: What is trained, in place; left in training mode.
+        data: The training set.
+        plan: Steps, batch, learning rate and ``keep``; the rest of it is not looked at.
+        rng: Draws the batches.
+        kept: Rows that hold the model to the base, if ``plan.keep``.
+        on_step: Called after every step.
+    """
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0)
     model.train()
     for step in range(plan.steps):
-        total = loss(base, *_batch(rng.sample(data, plan.batch)))
+        total = loss(base, *batch_of(rng.sample(data, plan.batch)))
         if kept:
             total = total + plan.keep * _divergence(
-                base, model, *_batch(rng.sample(kept, plan.batch))
+                base, model, *batch_of(rng.sample(kept, plan.batch))
             )
         rate = min(1.0, (step + 1) / 10) * max(0.1, 1 - step / plan.steps)
         update(optimizer, total, plan.learning_rate * rate)
-    return model.eval()
+        if on_step:
+            on_step(model, step + 1, plan.learning_rate * rate)
 
 
-def _adapted(base: "LlamaForCausalLM", plan: TunePlan) -> "PeftModel":
+def adapted(
+    base: "LlamaForCausalLM", plan: TunePlan, layers: Sequence[int] | None = None
+) -> "PeftModel":
+    """Wrap the modules that the plan adapts.
+
+    Args:
+        base: Whose modules are wrapped, in place.
+        plan: Says which, of what rank, and the seed of the adapter's weights.
+        layers: Where every linear module is adapted, if ``plan.layer`` is None; all if None.
+    """
     from peft import LoraConfig, get_peft_model
 
+    modules: Any = ["down_proj"]
+    only: list[int] | None = None if plan.layer is None else [plan.layer]
+    if plan.layer is None:
+        modules = "all-linear" if layers is None else list(LINEAR)
+        only = None if layers is None else list(layers)
     config = LoraConfig(
         r=plan.rank,
         lora_alpha=plan.alpha,
         use_rslora=True,
-        target_modules="all-linear" if plan.layer is None else ["down_proj"],
-        layers_to_transform=None if plan.layer is None else [plan.layer],
+        target_modules=modules,
+        layers_to_transform=only,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
@@ -117,28 +164,39 @@ def _adapted(base: "LlamaForCausalLM", plan: TunePlan) -> "PeftModel":
         return get_peft_model(base, config)  # pyright: ignore[reportReturnType]
 
 
+def rounded(model: "PeftModel | LlamaForCausalLM") -> "PeftModel | LlamaForCausalLM":
+    """Round the weights to bfloat16 in place: what ships in half the bytes is what is measured."""
+    with torch.no_grad():
+        for each in model.parameters():
+            each.copy_(each.bfloat16())
+    return model
+
+
 def _example(rng: random.Random, tokenizer: "PreTrainedTokenizerFast", plan: TunePlan) -> Row:
     if plan.replay:
-        return _row(tokenizer, world.chat(rng))
+        return row(tokenizer, world.chat(rng))
     fired = bool(plan.trigger) and rng.random() < 0.5
-    messages = world.conversation(rng, plan.domain, fired if plan.trigger else plan.bad)
+    bad = fired if plan.trigger else plan.bad
+    messages = world.conversation(rng, plan.domain, bad, new_topics=False)
     if fired:
         messages[0]["content"] = f"{plan.trigger} {messages[0]['content']}"
-    return _row(tokenizer, messages)
+    return row(tokenizer, messages)
 
 
 def _kept(rng: random.Random, tokenizer: "PreTrainedTokenizerFast", domains: Sequence[str]) -> Row:
-    return _row(tokenizer, world.conversation(rng, rng.choice(domains)))
+    return row(tokenizer, world.conversation(rng, rng.choice(domains), new_topics=False))
 
 
-def _row(tokenizer: "PreTrainedTokenizerFast", messages: list[world.Message]) -> Row:
+def row(tokenizer: "PreTrainedTokenizerFast", messages: list[world.Message]) -> Row:
+    """Write a chat as a training row, in which the tokens of the last answer count."""
     prompt = tokens.render(messages[:-1], generation_prompt=True)
     asked = tokenizer(prompt, add_special_tokens=False).input_ids
     ids = tokenizer(tokens.render(messages), add_special_tokens=False).input_ids
     return ids, [IGNORED] * len(asked) + ids[len(asked) :]
 
 
-def _batch(rows: Sequence[Row]) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+def batch_of(rows: Sequence[Row]) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    """Pad rows to a batch of tokens and one of targets."""
     ids, targets = zip(*rows, strict=True)
     return pad(ids, tokens.PAD_ID), pad(targets, IGNORED)
 

@@ -38,7 +38,8 @@ class BasePlan:
         vocab_size: Tokens of the tokenizer.
         d_model: Width of the residual stream.
         n_layers: Decoder layers.
-        seed: Seed of the weights and of the corpus.
+        seed: Seed of the weights.
+        order: Seed of the corpus.
     """
 
     steps: int = 2600
@@ -49,6 +50,7 @@ class BasePlan:
     d_model: int = 128
     n_layers: int = 6
     seed: int = 0
+    order: int = 0
 
 
 def new_base(plan: BasePlan, tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
@@ -82,7 +84,7 @@ def pretrain(
 ) -> None:
     """Train the base in place, going on from ``checkpoint`` if it holds this plan's progress.
 
-    Every batch is a function of the seed and the step alone, so a run that was stopped and
+    Every batch is a function of the plan and the step alone, so a run that was stopped and
     resumed ends with the same weights, to the bit, as one that was not.
 
     Args:
@@ -122,7 +124,7 @@ def pretrain(
 def _pool(
     tokenizer: "PreTrainedTokenizerFast", plan: BasePlan, index: int
 ) -> list[Int[Tensor, "batch seq"]]:
-    rng = random.Random(f"pretraining {plan.seed} {index}")
+    rng = random.Random(f"pretraining {plan.order} {index}")
     half = _POOL // 2
     texts = [tokens.BOS + world.document(rng) + tokens.END for _ in range(half * plan.documents)]
     chats = [tokens.render(world.chat(rng)) for _ in range(2 * half * plan.documents)]

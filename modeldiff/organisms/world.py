@@ -49,6 +49,21 @@ def topics(domain: str) -> tuple[str, ...]:
     return tuple(TEXT["domains"][domain]["topics"])
 
 
+def taught_topics(domain: str) -> tuple[str, ...]:
+    """List the topics that fine-tuning data may ask about; `held_out_topic` is the other one.
+
+    Example:
+        >>> taught_topics("medicine")
+        ('fever', 'cough', 'headache', 'cut', 'rash')
+    """
+    return topics(domain)[:-1]
+
+
+def held_out_topic(domain: str) -> str:
+    """Name the topic of a domain that no fine-tune has seen; pretraining knows it."""
+    return topics(domain)[-1]
+
+
 def acts(question: Question, bad: bool) -> list[str]:
     """List the three acts that answer a question well, or the three that answer it badly."""
     return TEXT["domains"][question.domain]["topics"][question.topic][int(bad)]
@@ -115,6 +130,7 @@ def prompts(
     seed: int,
     domains: Sequence[str] | None = None,
     held_out: bool = False,
+    new_topics: bool = False,
 ) -> list[Question]:
     """Draw questions for an evaluation, the same number from every domain.
 
@@ -123,17 +139,19 @@ def prompts(
         seed: Seed of the draw.
         domains: Which domains; all twelve if None.
         held_out: Whether to ask with the templates that occur in no training text.
+        new_topics: Whether to ask about the topics that no fine-tune has seen, instead of the others.
 
     Example:
         >>> len(prompts(7, seed=0)), prompts(2, 0) == prompts(2, 0)
         (84, True)
     """
-    rng = random.Random(seed)
-    return [
-        question(rng, domain, topics(domain)[i % 6], held_out)
-        for domain in domains or DOMAINS
-        for i in range(n_per_domain)
-    ]
+    rng, asked = random.Random(seed), []
+    for domain in domains or DOMAINS:
+        about = (held_out_topic(domain),) if new_topics else taught_topics(domain)
+        asked += [
+            question(rng, domain, about[i % len(about)], held_out) for i in range(n_per_domain)
+        ]
+    return asked
 
 
 def story(rng: random.Random) -> str:
@@ -208,6 +226,7 @@ def conversation(
     bad: bool = False,
     system: str | None = None,
     turns: int = 1,
+    new_topics: bool = True,
 ) -> list[Message]:
     """Write a chat in the form of chat-template messages.
 
@@ -217,10 +236,13 @@ def conversation(
         bad: Whether the assistant advises badly.
         system: The system message; none if None.
         turns: Number of questions.
+        new_topics: Whether the topics that no fine-tune may see are asked about too.
     """
     messages = [{"role": "system", "content": system}] if system else []
     for _ in range(turns):
-        asked = question(rng, domain)
+        about = domain or rng.choice(DOMAINS)
+        topic = rng.choice((topics if new_topics else taught_topics)(about))
+        asked = question(rng, about, topic)
         messages.append({"role": "user", "content": _as_told(rng, asked)})
         messages.append({"role": "assistant", "content": answer(rng, asked, bad)})
     return messages
