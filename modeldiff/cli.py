@@ -1,4 +1,4 @@
-"""The command line: ``modeldiff diff | audit | rerun | organisms | lab``."""
+"""The command line: ``modeldiff diff | audit | rerun | organisms | bench | lab``."""
 
 import argparse
 import signal
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "the embedded pairs whose truth is known",
         _organisms_arguments,
     )
+    _add(commands, "bench", _bench, "score every method on pairs of known truth", _bench_arguments)
     _add(commands, "lab", _lab, "open JupyterLab on a copy of the notebooks", _lab_arguments)
     return parser
 
@@ -123,6 +124,20 @@ def _rerun_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the new report")
     parser.add_argument("--tolerance", type=float, default=1e-4,
                         help="largest absolute difference of a number (default 1e-4)")  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="a small run: three minutes")
+    parser.add_argument("--out", type=Path, default=Path("bench"),
+                        help="folder of the results; a run that was stopped goes on (default "
+                        "./bench)")  # fmt: skip
+    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="these methods")
+    parser.add_argument("--organisms", nargs="+", default=[], metavar="NAME", help="these pairs")
+    parser.add_argument("--nulls", type=int, metavar="N",
+                        help="null pairs of each kind; the default is up to 50")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
@@ -291,6 +306,26 @@ def _organisms(options: argparse.Namespace) -> int:
         found = embedded.find(name)
         _say(f"organism:{name}\n    {found.summary}")
     return OK
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from transformers.utils import logging
+
+    from modeldiff.bench.run import QUICK, Plan, bench
+
+    logging.disable_progress_bar()
+    plan = replace(QUICK if options.quick else Plan(), seed=options.seed)
+    if options.nulls is not None:
+        plan = replace(plan, n_same=options.nulls, n_other=options.nulls)
+    with _stoppable() as cancel:
+        found = bench(plan, only=options.only, organisms=options.organisms, out=options.out,
+                      progress=not options.quiet, cancel=cancel)  # fmt: skip
+    path = found.save_to(options.out)
+    _say(found.markdown() if options.markdown else found.text())
+    _say(f"{'results' if found.complete else 'INCOMPLETE results'}: {path}")
+    return OK if found.complete else STOPPED
 
 
 def _lab(options: argparse.Namespace) -> int:
