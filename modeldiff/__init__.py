@@ -11,6 +11,7 @@ from modeldiff._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from modeldiff.activations import Activations as Activations
+    from modeldiff.answer_contrasts import answer_directions as answer_directions
     from modeldiff.architectures import SiteMap as SiteMap
     from modeldiff.audit import Audit as Audit
     from modeldiff.audit_stages import Settings as Settings
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from modeldiff.direction_methods import mean_difference as mean_difference
     from modeldiff.directions import Direction as Direction
     from modeldiff.directions import cosine_table as cosine_table
+    from modeldiff.dose import dose_response as dose_response
+    from modeldiff.dose import residual_norms as residual_norms
+    from modeldiff.dose import with_prompts as with_prompts
     from modeldiff.effects import effects as effects
     from modeldiff.generation import Generations as Generations
     from modeldiff.interventions import Ablate as Ablate
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "activations": "Activations",
+    "answer_contrasts": "answer_directions",
     "architectures": "SiteMap",
     "audit": "Audit",
     "audit_stages": "Settings",
@@ -59,6 +64,7 @@ _HOMES = {
     "direction_controls": "random_like",
     "direction_methods": "mean_difference",
     "directions": "Direction cosine_table",
+    "dose": "dose_response residual_norms with_prompts",
     "effects": "effects",
     "generation": "Generations",
     "interventions": "Ablate Cell Clamp Plan Replace ScaleAdapter ScaleAlong Steer",

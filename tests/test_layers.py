@@ -13,16 +13,20 @@ LAYERS = (
     "masks moments split_halves directions direction_files direction_methods direction_components "
     "direction_controls interventions",
     "architectures tokens batching editing hooks prefill tracing loading embedded embedded_card",
-    "forward activations generation divergence outputs effects survey remote_sides",
+    "forward activations generation divergence outputs effects survey logit_lens token_scores "
+    "layer_maps remote_sides",
     "models",
     "organisms organisms.world organisms.tokens organisms.judge organisms.training "
     "organisms.finetuning organisms.variants organisms.evaluation organisms.manifests "
     "organisms.spurious organisms.topic organisms.checkpoints organisms.steps organisms.backtrack "
     "organisms.planted organisms.nulls organisms.build",
-    "behaviours",
+    "behaviours dose",
     "cache report report_files report_compare report_figures report_plots report_html "
-    "audit audit_answers audit_findings audit_proof audit_stages",
-    "bench bench.table bench.scores bench.cases bench.methods bench.nulls bench.run",
+    "audit answer_contrasts audit_answers audit_findings audit_proof audit_stages",
+    "bench bench.scores bench.meter bench.cases bench.ablation bench.methods bench.methods.audit "
+    "bench.methods.base_contrast bench.methods.effects_scan bench.methods.layers_survey "
+    "bench.methods.mean_difference bench.methods.model_directions bench.methods.output_diff "
+    "bench.methods.pca_difference bench.nulls bench.table bench.run",
     "cli __main__",
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

@@ -1,9 +1,12 @@
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.browser import labdriver
+from tests.browser.labdriver import Bare, Lab, Notebook
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 OFFLINE = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
@@ -38,3 +41,48 @@ def shots(tmp_path: Path) -> Path:
     folder = Path(os.environ.get("MODELDIFF_SHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def lab(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """JupyterLab on a server of its own, in one page."""
+    if not labdriver.installed("lab"):
+        missing("JupyterLab is not installed: pip install -e '.[lab]'")
+    with labdriver.serving(tmp_path_factory.mktemp("lab")) as server:
+        context = browser.new_context(viewport={"width": 1280, "height": 1700})
+        context.set_default_timeout(20_000)
+        one = Lab(server, context.new_page())
+        one.watch()
+        one.start()
+        yield one
+        context.close()
+
+
+@pytest.fixture
+def notebook(lab: Lab) -> Iterator[Callable[..., Notebook]]:
+    """Open notebooks of code cells; they are closed, and the page must not have complained."""
+    opened: list[Notebook] = []
+    lab.trouble.clear()
+
+    def make(*cells: str, run: bool = True) -> Notebook:
+        opened.append(lab.open(list(cells)))
+        if run:
+            opened[-1].run()
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.dispose()
+    lab.theme("light")
+    assert lab.trouble == []
+
+
+@pytest.fixture
+def bare(browser: Any) -> Iterator[Bare]:
+    """A page without Jupyter that mounts the front-end's modules on models of our own."""
+    context = browser.new_context(viewport={"width": 1100, "height": 800})
+    page = Bare(context.new_page())
+    page.start()
+    yield page
+    context.close()
+    assert page.trouble == []
