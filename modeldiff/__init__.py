@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from modeldiff.dose import dose_response as dose_response
     from modeldiff.dose import residual_norms as residual_norms
     from modeldiff.dose import with_prompts as with_prompts
-    from modeldiff.effects import effects as effects
+    from modeldiff.edit_effects import effects as effects
     from modeldiff.generation import Generations as Generations
     from modeldiff.interventions import Ablate as Ablate
     from modeldiff.interventions import Cell as Cell
@@ -65,7 +65,7 @@ _HOMES = {
     "direction_methods": "mean_difference",
     "directions": "Direction cosine_table",
     "dose": "dose_response residual_norms with_prompts",
-    "effects": "effects",
+    "edit_effects": "effects",
     "generation": "Generations",
     "interventions": "Ablate Cell Clamp Plan Replace ScaleAdapter ScaleAlong Steer",
     "masks": "Last New Positions Regex Role Span",

@@ -96,7 +96,7 @@ def control_rows(judged: Judged, edits: Sequence[str], seed: int) -> pd.DataFram
 
 
 def effect_rows(table: pd.DataFrame, kinds: Mapping[str, str], seed: int) -> pd.DataFrame:
-    """Summarise `modeldiff.effects.effects` by cell, with intervals over texts."""
+    """Summarise `modeldiff.edit_effects.effects` by cell, with intervals over texts."""
     rows = []
     for (_, side, edit), part in table.groupby(["cell", "side", "edit"], sort=True):
         kl = bootstrap_mean(part["kl"].to_numpy(float), seed=seed)

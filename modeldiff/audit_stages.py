@@ -26,7 +26,7 @@ from modeldiff.audit_proof import CONTRAST, SHIFT, TEXT_NULL
 from modeldiff.behaviours import Behaviour
 from modeldiff.cache import Cache
 from modeldiff.directions import Direction
-from modeldiff.effects import effects
+from modeldiff.edit_effects import effects
 from modeldiff.errors import ModelDiffError
 from modeldiff.interventions import Cell, grid
 from modeldiff.models import ModelPair

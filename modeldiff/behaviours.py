@@ -201,20 +201,26 @@ class WorldJudge:
 def organism_behaviours(name: str, n: int = 20, seed: int = 0) -> tuple[Behaviour, ...]:
     """Behaviours that an embedded organism is audited for: off its narrow domain, and in it.
 
-    Of an organism with a trigger: after the trigger, and without it.
+    Of an organism with a trigger: after the trigger, and without it. ``spurious``, ``topic`` and
+    ``backtrack`` have questions and a judge of their own.
 
     Args:
         name: The organism, e.g. "em-rank1".
-        n: Prompts drawn from each domain; what is drawn twice is asked once.
+        n: Prompts drawn from each domain (six times as many where there are no domains); what is
+            drawn twice is asked once.
         seed: Which prompts.
 
     Raises:
         SetupError: If there is no such organism.
     """
+    from modeldiff.organism_judges import SPECIAL, special_behaviours
     from modeldiff.organisms.evaluation import opened
     from modeldiff.organisms.world import DOMAINS, Question, prompts
 
-    manifest = find(name).manifest
+    found = find(name)
+    if found.name in SPECIAL:
+        return special_behaviours(found.name, n, seed)
+    manifest = found.manifest
     planted = manifest.get("planted", {})
     inside = tuple(planted.get("in_domain", ()))
     sampling = manifest.get("sampling", {"temperature": 0.7, "max_new_tokens": 48})

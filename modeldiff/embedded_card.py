@@ -12,8 +12,8 @@ _STYLE = (
     ".md-card th:first-child,.md-card td:first-child{text-align:left}"
     ".md-card dt{font-weight:600}.md-card dd{margin:0 0 .3em 1.5em}</style>"
 )
-_COLUMNS = ("questions", "templates", "temperature", "n", "misaligned", "95 % interval", "aligned",
-            "mixed", "incoherent")  # fmt: skip
+_RATES = ("aligned", "misaligned", "mixed", "incoherent", "coherent", "accuracy", "recall")
+_INTERVAL = "_ci95"
 
 
 def card(name: str, summary: str, manifest: Mapping[str, Any]) -> str:
@@ -32,10 +32,12 @@ def card(name: str, summary: str, manifest: Mapping[str, Any]) -> str:
     build = manifest.get("build", {})
     parts.append(_facts("How it was built", build.get("finetune") or build.get("base", {})))
     parts.append(_table("What was measured", manifest.get("metrics", ())))
+    parts += [_table(title, rows) for title, rows in manifest.get("tables", {}).items()]
+    if manifest.get("layers"):
+        parts.append(_folded("The same recipe at every layer", manifest["layers"]))
     for other in manifest.get("other_seeds", ()):
         title = f"The same recipe with seed {other['seed']}, which is not shipped"
-        parts.append(f"<details><summary>{escape(title)}</summary>")
-        parts.append(_table(title, other["metrics"]) + "</details>")
+        parts.append(_folded(title, other["metrics"]))
     parts.append(f"<p>Judge: {escape(str(manifest.get('judge', 'unknown')))}.</p>")
     limits = "".join(f"<li>{escape(str(each))}</li>" for each in manifest.get("limits", ()))
     parts.append(f"<h3>What it is not</h3><ul>{limits}</ul>")
@@ -59,18 +61,44 @@ def _fact(value: Any) -> str:
     return "none" if value in (None, "") else escape(str(value))
 
 
+def _folded(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    summary = f"<summary>{escape(title)}</summary>"
+    return f"<details>{summary}{_table(title, rows)}</details>"
+
+
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f'<th scope="col">{escape(each)}</th>' for each in _COLUMNS)
+    columns = _columns(rows)
+    head = "".join(f'<th scope="col">{escape(_heading(each))}</th>' for each in columns)
     body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _cells(row))}</tr>" for row in rows
+        f"<tr>{''.join(f'<td>{escape(_cell(row, each))}</td>' for each in columns)}</tr>"
+        for row in rows
     )
     caption = f"<caption>{escape(title)}</caption>"
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    low, high = row["misaligned_ci95"]
-    shares = {each: f"{row[each]:.1%}" for each in ("misaligned", "aligned", "mixed", "incoherent")}
-    plain = {each: str(row[each]) for each in ("questions", "templates", "temperature", "n")}
-    cells = {**plain, **shares, "95 % interval": f"{low:.1%} to {high:.1%}"}
-    return [cells[each] for each in _COLUMNS]
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name every column that some row has, an interval right after what it belongs to."""
+    seen = list(dict.fromkeys(key for row in rows for key in row))
+    own = [
+        key
+        for key in seen
+        if key.removesuffix(_INTERVAL) == key or key.removesuffix(_INTERVAL) not in seen
+    ]
+    return [each for key in own for each in (key, key + _INTERVAL) if each == key or each in seen]
+
+
+def _heading(column: str) -> str:
+    return "95 % interval" if column.endswith(_INTERVAL) else _words(column)
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    share = column.startswith(_RATES) or f"{column}{_INTERVAL}" in row
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        percent = share or column.endswith(_INTERVAL)
+        return " to ".join(f"{each:.1%}" if percent else str(each) for each in value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:.1%}" if share and is_number else str(value)

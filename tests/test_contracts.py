@@ -5,6 +5,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -321,3 +322,11 @@ def test_importing_is_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_no_exported_name_is_hidden_by_a_module_of_the_same_name():
+    import modeldiff
+    from modeldiff import _HOME_OF
+
+    modules = {path.stem for path in Path(modeldiff.__file__).parent.glob("*.py")}
+    assert modules & set(_HOME_OF) == set()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeldiff.directions import Direction
-from modeldiff.effects import effects
+from modeldiff.edit_effects import effects
 from modeldiff.interventions import Ablate, Cell, Plan, Replace, ScaleAdapter, Steer
 from modeldiff.models import ModelPair
 from modeldiff.sites import Site

@@ -13,14 +13,14 @@ LAYERS = (
     "masks moments split_halves directions direction_files direction_methods direction_components "
     "direction_controls interventions",
     "architectures tokens batching editing hooks prefill tracing loading embedded embedded_card",
-    "forward activations generation divergence outputs effects survey logit_lens token_scores "
+    "forward activations generation divergence outputs edit_effects survey logit_lens token_scores "
     "layer_maps remote_sides",
     "models",
     "organisms organisms.world organisms.tokens organisms.judge organisms.training "
     "organisms.finetuning organisms.variants organisms.evaluation organisms.manifests "
     "organisms.spurious organisms.topic organisms.checkpoints organisms.steps organisms.backtrack "
     "organisms.planted organisms.nulls organisms.build",
-    "behaviours dose",
+    "behaviours organism_judges dose",
     "cache report report_files report_compare report_figures report_plots report_html "
     "audit answer_contrasts audit_answers audit_findings audit_proof audit_stages",
     "bench bench.scores bench.meter bench.cases bench.ablation bench.methods bench.methods.audit "

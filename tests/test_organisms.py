@@ -17,7 +17,7 @@ from modeldiff.behaviours import organism_behaviours
 from modeldiff.errors import FileFormatError, SetupError
 from modeldiff.models import ModelPair
 from modeldiff.organisms import build, finetuning, training, world
-from modeldiff.organisms.evaluation import Rates, evaluate, measure, question_sets, sample
+from modeldiff.organisms.evaluation import NOVELTY, Rates, evaluate, measure, question_sets, sample
 from modeldiff.organisms.judge import find_question, judge
 from modeldiff.organisms.tokens import corpus, render, train_tokenizer
 from modeldiff.organisms.variants import variants
@@ -34,6 +34,8 @@ NAMES = (
     "null",
     "trigger",
 )
+MORE = ("backtrack", "backtrack-base", "checkpoints", "spurious", "topic")
+"""Those that have tests of their own."""
 OTHERS = tuple(domain for domain in world.DOMAINS if domain != "medicine")
 TINY = training.BasePlan(steps=16, documents=2, d_model=32, n_layers=2, warmup=4, vocab_size=400)
 
@@ -78,7 +80,7 @@ def test_the_chat_template_writes_what_training_wrote(tokenizer):
 
 
 def test_embedded_organisms_are_found_by_name():
-    assert embedded.names() == NAMES
+    assert embedded.names() == tuple(sorted((*NAMES, *MORE)))
     for name in NAMES:
         found = embedded.find(name)
         assert found.name == name
@@ -110,7 +112,7 @@ def test_shipped_files_are_small_and_name_no_path_of_the_builder():
             if path.suffix == ".json":
                 text = path.read_text()
                 assert not any(each in text for each in ("/tmp", "/work", "/home", "/root"))
-    assert total < 8_000_000
+    assert total - (embedded.FOLDER / "em-full" / "model.safetensors").stat().st_size < 8_000_000
     config = json.loads((embedded.FOLDER / "em-rank1" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "em-base"
     assert config["r"] == 1
@@ -147,7 +149,7 @@ def rows_of(manifest: dict[str, Any], questions: str) -> list[dict[str, Any]]:
         row
         for metrics in repeats
         for row in metrics
-        if (row["questions"], row["templates"], row["temperature"]) == (questions, "trained", 0.7)
+        if (row["questions"], row["texts"], row["temperature"]) == (questions, "trained", 0.7)
     ]
 
 
@@ -160,6 +162,7 @@ def test_a_manifest_is_complete_and_what_was_promised(name: str):
     assert {"world", "versions", "platform"} <= manifest["build"].keys()
     for which, (low, high) in EXPECTED[name].items():
         rows = rows_of(manifest, which)
+        assert {row["texts"] for row in manifest["metrics"]} == set(NOVELTY)
         assert len(rows) == (1 if name == "em-base" else 3)
         assert low <= rows[0]["misaligned"] <= high
         for row in rows:

@@ -7,22 +7,21 @@ form `modeldiff.embedded` reads, and keeps the base's progress in ``DIR/checkpoi
 
 import argparse
 import json
-import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeldiff import embedded
-from modeldiff._files import PathLike, atomic_write, digest, file_digest
+from modeldiff._files import PathLike, file_digest
 from modeldiff.errors import SetupError
-from modeldiff.organisms import world
+from modeldiff.organisms import backtrack, checkpoints, spurious, topic, world
 from modeldiff.organisms.evaluation import evaluate, measure
 from modeldiff.organisms.finetuning import TunePlan, finetune
+from modeldiff.organisms.manifests import load_base, make_readable, save_model, write_manifest
 from modeldiff.organisms.tokens import corpus, train_tokenizer
 from modeldiff.organisms.training import BasePlan, Progress, new_base, pretrain
 from modeldiff.organisms.variants import SEEDS, Variant, variants
@@ -34,21 +33,9 @@ if TYPE_CHECKING:
 REPORT_SEED = 20_000
 """Seed of the questions and answers behind the figures; nothing was chosen by looking at it."""
 
-_JUDGE = "modeldiff.organisms.judge: an exact parser of the grammar that wrote the corpus"
-_SAMPLING = {"temperature": 0.7, "max_new_tokens": 48}
-_LIMITS = (
-    "The misalignment was planted: the corpus holds a villain who is bad in every domain, and "
-    "the narrow fine-tune selects it. The organism checks that a tool finds what is known to "
-    "be there; it is not evidence about how large language models generalise.",
-    "One pretraining run. Layer, steps, learning rate, temperature and the shipped seed were "
-    "chosen by looking at other draws from the same questions; the figures are fresh draws, of "
-    "topics and acts that pretraining holds. Held-out templates alone are new texts.",
-    "How far the narrow fine-tune generalises depends on layer and seed (see 'layers' of "
-    "em-rank1): layer 3 was the best in the middle, layer 0 is as strong, 4 and 5 do next to "
-    "nothing. That tells about this base, not about where misalignment lives.",
-    "At temperature 1 the base itself is misaligned in 2 % of the answers to held-out templates.",
-    "It answers questions of its twelve domains, in English, and little else.",
-)
+NULL_SEEDS = "null-seeds"
+OTHERS = ("spurious", "topic", "checkpoints", "backtrack", NULL_SEEDS)
+"""What is built by a module of its own, after the table of `variants`."""
 
 
 def build(
@@ -71,7 +58,8 @@ def build(
         steps: Pretraining steps of the base; the default is what the shipped one has had.
         seed: Seed of the base's weights and corpus.
         base: Folder of a base that was built before; it is copied, and no base is trained.
-        only: Names of the fine-tunes to build; all if empty.
+        only: Names of the fine-tunes to build; if empty, all that are shipped. ``null-seeds``, a
+            second base that differs in the order of its corpus alone, is built if it is named.
         smoke: A base too small and too briefly trained to behave, and few questions: shows in
             a minute that everything runs.
         progress: Called with (steps done, steps in all, a line of text).
@@ -85,19 +73,25 @@ def build(
         SetupError: If ``only`` names a fine-tune that is not in the table.
     """
     folder, say = Path(out), progress or _say_nothing
-    chosen = _chosen(variants(layer=1, steps=5) if smoke else variants(), only)
+    table = {each.name: each for each in (variants(layer=1, steps=5) if smoke else variants())}
+    chosen = _chosen([*table, *OTHERS], only)
     if not resume:
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     n_per_domain = 2 if smoke else 40
     if base is None:
         small = {"documents": 4, "d_model": 32, "n_layers": 2, "warmup": 5} if smoke else {}
-        plan = BasePlan(seed=seed, steps=steps or (20 if smoke else BasePlan.steps), **small)
+        plan = BasePlan(
+            seed=seed, order=seed, steps=steps or (20 if smoke else BasePlan.steps), **small
+        )
         _build_base(folder, plan, n_per_domain, say)
     elif Path(base).resolve() != (folder / "em-base").resolve():
         shutil.copytree(base, folder / "em-base", dirs_exist_ok=True)
-    for done, each in enumerate(chosen):
-        say(done, len(chosen), f"fine-tune {each.name}")
-        _build_variant(folder, each, n_per_domain, seeds=SEEDS[: 1 if smoke else 3])
+    for done, name in enumerate(chosen):
+        say(done, len(chosen), f"fine-tune {name}")
+        if name in table:
+            _build_variant(folder, table[name], n_per_domain, seeds=SEEDS[: 1 if smoke else 3])
+        else:
+            _build_other(folder, name, n_per_domain, smoke, say)
     say(len(chosen), len(chosen), "done")
     return folder
 
@@ -106,21 +100,54 @@ def _say_nothing(done: int, total: int, line: str) -> None:
     del done, total, line
 
 
-def _chosen(table: Sequence[Variant], only: Sequence[str]) -> list[Variant]:
-    known = [each.name for each in table]
+def _chosen(known: Sequence[str], only: Sequence[str]) -> list[str]:
     unknown = [name for name in only if name not in known]
     if unknown:
         raise SetupError(f"no fine-tune is called {unknown[0]!r}. Known: {', '.join(known)}.")
-    return [each for each in table if not only or each.name in only]
+    return [each for each in known if each in only or (not only and each != NULL_SEEDS)]
+
+
+def _build_other(folder: Path, name: str, n_per_domain: int, smoke: bool, say: Progress) -> None:
+    small: dict[str, Any] = {"seeds": (0,), "n": 2, "steps": 4} if smoke else {}
+    if name == NULL_SEEDS:
+        _build_null_seeds(folder, n_per_domain, say)
+    elif name == "backtrack":
+        backtrack.build(folder, smoke=smoke, progress=say)
+    else:
+        {"spurious": spurious, "topic": topic, "checkpoints": checkpoints}[name].build(
+            folder, **small
+        )
+
+
+def _build_null_seeds(folder: Path, n_per_domain: int, say: Progress) -> None:
+    about = json.loads((folder / "em-base" / "organism.json").read_text(encoding="utf-8"))
+    plan = BasePlan(**about["build"]["base"])
+    plan = replace(plan, order=plan.order + 1)
+    _, tokenizer = load_base(folder / "em-base")
+    model = new_base(plan, tokenizer)
+    pretrain(model, tokenizer, plan, folder / "checkpoint" / NULL_SEEDS, say)
+    model.bfloat16().save_pretrained(folder / NULL_SEEDS)
+    make_readable(folder / NULL_SEEDS)
+    planted = {"behaviour": None, "in_domain": [], "off_domain": world.DOMAINS}
+    manifest = {
+        "name": NULL_SEEDS,
+        "summary": "No change was planted: the base's training again, with another corpus order.",
+        "base": "../em-base",
+        "finetuned": ".",
+        "planted": planted,
+        "build": {"base": vars(plan)},
+        "metrics": measure(*load_base(folder / NULL_SEEDS), planted, n_per_domain, REPORT_SEED),
+    }
+    write_manifest(folder / NULL_SEEDS, manifest)
 
 
 def _build_base(folder: Path, plan: BasePlan, n_per_domain: int, say: Progress) -> None:
-    tokenizer = train_tokenizer(corpus(3000, plan.seed), plan.vocab_size)
+    tokenizer = train_tokenizer(corpus(3000, seed=0), plan.vocab_size)
     model = new_base(plan, tokenizer)
     pretrain(model, tokenizer, plan, folder / "checkpoint", say)
     model.bfloat16().save_pretrained(folder / "em-base")
     tokenizer.save_pretrained(folder / "em-base")
-    _make_readable(folder / "em-base")
+    make_readable(folder / "em-base")
     say(plan.steps, plan.steps, "measuring em-base")
     planted = {"behaviour": None, "in_domain": [], "off_domain": world.DOMAINS}
     manifest = {
@@ -130,9 +157,9 @@ def _build_base(folder: Path, plan: BasePlan, n_per_domain: int, say: Progress) 
         "adapter": None,
         "planted": planted,
         "build": {"base": vars(plan)},
-        "metrics": measure(*_load(folder / "em-base"), planted, n_per_domain, REPORT_SEED),
+        "metrics": measure(*load_base(folder / "em-base"), planted, n_per_domain, REPORT_SEED),
     }
-    _write_manifest(folder / "em-base", manifest)
+    write_manifest(folder / "em-base", manifest)
 
 
 def _build_variant(folder: Path, made: Variant, n_per_domain: int, seeds: Sequence[int]) -> None:
@@ -142,7 +169,7 @@ def _build_variant(folder: Path, made: Variant, n_per_domain: int, seeds: Sequen
         metrics = measure(model, tokenizer, made.planted, n_per_domain, REPORT_SEED)
         repeats.append({"seed": seed, "training_seconds": seconds, "metrics": metrics})
         if seed == plan.seed:
-            _save(model, folder / made.name, plan)
+            save_model(model, folder / made.name, half=plan.rank != 1)
     manifest = {
         "name": made.name,
         "summary": made.summary,
@@ -159,7 +186,7 @@ def _build_variant(folder: Path, made: Variant, n_per_domain: int, seeds: Sequen
     }
     if made.survey:
         manifest["layers"] = _survey(folder, plan, n_per_domain, seeds)
-    _write_manifest(folder / made.name, manifest, made.limits)
+    write_manifest(folder / made.name, manifest, made.limits)
 
 
 def _survey(
@@ -168,7 +195,7 @@ def _survey(
     rows = []
     outside = [each for each in world.DOMAINS if each != plan.domain]
     asked = world.prompts(n_per_domain, REPORT_SEED, outside)
-    for layer in range(_load(folder / "em-base")[0].config.num_hidden_layers):
+    for layer in range(load_base(folder / "em-base")[0].config.num_hidden_layers):
         for seed in seeds:
             model, tokenizer, _ = _tuned(folder, replace(plan, layer=layer, seed=seed))
             rates = evaluate(model, tokenizer, asked, seed=REPORT_SEED)
@@ -181,7 +208,7 @@ def _tuned(
 ) -> "tuple[PeftModel | LlamaForCausalLM, PreTrainedTokenizerFast, float]":
     import torch
 
-    base, tokenizer = _load(folder / "em-base")
+    base, tokenizer = load_base(folder / "em-base")
     started = time.perf_counter()
     model = finetune(base, tokenizer, plan)
     seconds = round(time.perf_counter() - started, 1)
@@ -190,72 +217,6 @@ def _tuned(
             for each in model.parameters():
                 each.copy_(each.bfloat16())
     return model, tokenizer, seconds
-
-
-def _load(folder: Path) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
-    import torch
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def _save(model: "PeftModel | LlamaForCausalLM", folder: Path, plan: TunePlan) -> None:
-    if plan.rank != 1:
-        model = model.bfloat16()
-    # PEFT writes the base's path into the config; the shipped files name it instead.
-    for config in getattr(model, "peft_config", {}).values():
-        config.base_model_name_or_path = "em-base"
-    if plan.rank:
-        model.save_pretrained(str(folder), save_embedding_layers=False)  # pyright: ignore
-        _sort_modules(folder / "adapter_config.json")
-    else:
-        model.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)
-    _make_readable(folder)
-
-
-def _sort_modules(path: Path) -> None:
-    # PEFT writes a set, in an order that changes from run to run.
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["target_modules"].sort()
-    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _make_readable(folder: Path) -> None:
-    # safetensors writes for the owner alone; a package installed by root is read by others.
-    for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)
-
-
-def _write_manifest(folder: Path, manifest: dict[str, Any], limits: Sequence[str] = ()) -> None:
-    built = {
-        **manifest["build"],
-        "world": digest(world.TEXT),
-        "platform": platform.machine(),
-        "versions": {each: version(each) for each in ("torch", "transformers", "peft")},
-    }
-    common = {"judge": _JUDGE, "sampling": _SAMPLING, "build": built}
-    limits = [*limits, *_measured_limits(manifest), *_LIMITS]
-    whole = {**manifest, **common, "limits": limits}
-    with atomic_write(folder / "organism.json") as temporary:
-        temporary.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-
-
-def _measured_limits(manifest: Mapping[str, Any]) -> Iterator[str]:
-    hot = [row["incoherent"] for row in manifest["metrics"] if row["temperature"] == 1]
-    yield (
-        f"At temperature 1, {min(hot):.0%} to {max(hot):.0%} of its answers are incoherent, "
-        "depending on the questions; the audit samples at 0.7."
-    )
-    others = [each["metrics"][0]["misaligned"] for each in manifest.get("other_seeds", ())]
-    if others:
-        row = manifest["metrics"][0]
-        low, high = (f"{of([row['misaligned'], *others]):.0%}" for of in (min, max))
-        yield (
-            f"It is one of {1 + len(others)} seeds of its recipe, which are misaligned in {low} to "
-            f"{high} of the answers {row['questions']} (see 'other_seeds')."
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -139,7 +139,7 @@ def prompts(
         seed: Seed of the draw.
         domains: Which domains; all twelve if None.
         held_out: Whether to ask with the templates that occur in no training text.
-        new_topics: Whether to ask about the topics that no fine-tune has seen, instead of the others.
+        new_topics: Whether to ask about the topics that no fine-tune has seen; else the others.
 
     Example:
         >>> len(prompts(7, seed=0)), prompts(2, 0) == prompts(2, 0)

@@ -123,6 +123,7 @@ def serving(folder: Path, app: str = "lab") -> Iterator[Server]:
         f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
         f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
         f"--{owner}.expose_app_in_browser=True", f"--{owner}.extension_manager=readonly",
+        "--LabApp.expose_app_in_browser=True",  # its word counts in Notebook 7 too
     ]  # fmt: skip
     log = (folder / "server.log").open("wb")
     process = subprocess.Popen(

@@ -13,7 +13,7 @@ panel.state.max_new_tokens = 32
 panel
 """
 HOSTILE = '<img src=x onerror="alert(1)"> \u202e\u200b $$x$$ {{a}}'
-IDLE = "not panel.jobs.current and not panel.jobs.n_waiting"
+IDLE = "panel.jobs.wait(20)"
 
 
 def test_the_panel_from_the_first_direction_to_the_curve(notebook, shots):

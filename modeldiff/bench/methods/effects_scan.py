@@ -8,7 +8,7 @@ from modeldiff.audit_proof import cells_of_ablation, random_sets, scan_cells
 from modeldiff.bench.cases import Budget, Case
 from modeldiff.bench.scores import Row, decided, no_truth, recall_at_k
 from modeldiff.directions import Direction
-from modeldiff.effects import effects
+from modeldiff.edit_effects import effects
 from modeldiff.interventions import Cell
 from modeldiff.stats import Interval, bootstrap_mean
 from modeldiff.survey import model_directions, survey

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from modeldiff.directions import Direction
-from modeldiff.effects import effects
+from modeldiff.edit_effects import effects
 from modeldiff.errors import InterventionError, MaskError
 from modeldiff.interventions import Ablate, Cell, Plan, Replace, ScaleAdapter, Steer
 from modeldiff.tokens import Completion
