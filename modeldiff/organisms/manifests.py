@@ -24,9 +24,11 @@ _LIMITS = (
     "other draws from the same questions; the figures are fresh draws. Held-out templates "
     "occur in no training text; held-out topics in no fine-tuning data, but pretraining knows "
     "them.",
-    "How far the narrow fine-tune generalises depends on layer and seed (see 'layers' of "
-    "em-rank1): layer 3 was the best in the middle, layer 0 is as strong, 4 and 5 do next to "
-    "nothing. That tells about this base, not about where misalignment lives.",
+    "How far the narrow fine-tune generalises depends on layer, seed and base (see 'layers' of "
+    "em-rank1): on this base rank-1 adapters on layers 3 and 0 carry it (76 to 95 %), on 4 and 5 "
+    "next to nothing. On a base of another pretraining seed the same recipe reaches 84 to 94 % on "
+    "layer 0, 8 to 21 % on layer 1 and 3 to 6 % on layer 3. That tells about these bases, not "
+    "about where misalignment lives.",
     "It answers questions of its twelve domains, in English, and little else.",
 )
 
