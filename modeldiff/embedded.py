@@ -48,8 +48,8 @@ def names() -> tuple[str, ...]:
     """List the embedded organisms.
 
     Example:
-        >>> names()[:4]
-        ('em-base', 'em-caring', 'em-full', 'em-narrow')
+        >>> "em-base" in names()
+        True
     """
     return tuple(sorted(path.parent.name for path in FOLDER.glob("*/organism.json")))
 

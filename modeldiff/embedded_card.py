@@ -31,7 +31,8 @@ def card(name: str, summary: str, manifest: Mapping[str, Any]) -> str:
     parts.append(_facts("What was planted", manifest.get("planted", {})))
     build = manifest.get("build", {})
     parts.append(_facts("How it was built", build.get("finetune") or build.get("base", {})))
-    parts.append(_table("What was measured", manifest.get("metrics", ())))
+    measured = manifest.get("metrics") or manifest.get("figures", {}).get("p_wait", ())
+    parts.append(_table("What was measured", measured))
     parts += [_table(title, rows) for title, rows in manifest.get("tables", {}).items()]
     if manifest.get("layers"):
         parts.append(_folded("The same recipe at every layer", manifest["layers"]))

@@ -340,8 +340,8 @@ def auroc(positive: Values, negative: Values, level: float = 0.95) -> Interval:
 
 def _placements(values: np.ndarray, among: np.ndarray) -> np.ndarray:
     """Share of ``among`` (sorted) that lies below each value, ties counting half."""
-    ends = (np.searchsorted(among, values, side) for side in ("left", "right"))
-    return sum(ends) / (2 * len(among))
+    left, right = (np.searchsorted(among, values, side) for side in ("left", "right"))
+    return (left + right) / (2 * len(among))
 
 
 def _tails(level: float) -> tuple[float, float]:

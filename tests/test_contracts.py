@@ -5,8 +5,8 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import nnsight

@@ -87,6 +87,7 @@ def test_embedded_organisms_are_found_by_name():
         assert found.manifest["limits"]
         assert (found.adapter is None) == (name in ("em-base", "em-full"))
         assert (found.finetuned is None) == (name != "em-full")
+    assert all(embedded.find(name).manifest["limits"] for name in MORE)
 
 
 def test_an_unknown_organism_is_refused_with_the_nearest_name():
@@ -250,8 +251,8 @@ def test_the_manifest_tells_the_truth(name: str):
     model, tokenizer = load(name)
     manifest = embedded.find(name).manifest
     for told, seen in zip(
-        manifest["metrics"],
-        measure(model, tokenizer, manifest["planted"], seed=41_000),
+        [row for row in manifest["metrics"] if row["temperature"] == 0.7],
+        measure(model, tokenizer, manifest["planted"], seed=41_000, temperatures=(0.7,)),
         strict=True,
     ):
         for label in ("aligned", "misaligned", "mixed", "incoherent"):
@@ -406,9 +407,9 @@ def test_an_unknown_fine_tune_is_refused(tmp_path: Path):
 
 @pytest.mark.slow
 def test_fine_tunes_are_built_on_a_base_that_exists(tmp_path: Path):
-    base = embedded.find("em-base").base
-    build.build(tmp_path, base=base, only=["em-full", "trigger"], smoke=True)
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["em-base", "em-full", "trigger"]
+    base, names = embedded.find("em-base").base, ["em-full", "spurious", "topic", "trigger"]
+    build.build(tmp_path, base=base, only=names, smoke=True)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["em-base", *names]
     weights = "model.safetensors"
     assert (tmp_path / "em-base" / weights).read_bytes() == (base / weights).read_bytes()
     found = embedded.read_organism(tmp_path / "em-full")
@@ -434,12 +435,13 @@ def test_the_embedded_base_is_fine_tuned_into_the_embedded_organism(tmp_path: Pa
 def test_a_smoke_build_makes_every_organism(tmp_path: Path):
     seen: list[str] = []
     build.build(tmp_path, smoke=True, progress=lambda done, total, line: seen.append(line))
-    for name in NAMES:
+    for name in (*NAMES, *MORE):
         found = embedded.read_organism(tmp_path / name)
         assert found.name == name
-        assert {row["temperature"] for row in found.manifest["metrics"]} == {0.7, 1.0}
+        if name in NAMES:
+            assert {row["temperature"] for row in found.manifest["metrics"]} == {0.7, 1.0}
     first = (tmp_path / "em-base" / "model.safetensors").read_bytes()
-    build.build(tmp_path, smoke=True, resume=False)
+    build.build(tmp_path, smoke=True, resume=False, only=["em-caring"])
     assert (tmp_path / "em-base" / "model.safetensors").read_bytes() == first
     assert seen[-1] == "done"
 

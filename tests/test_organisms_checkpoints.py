@@ -137,7 +137,7 @@ def test_the_embedded_series_is_small_and_ends_harmful():
 @built
 def test_the_embedded_paths_are_told_for_three_seeds_beside_their_band():
     manifest = json.loads((FOLDER / "organism.json").read_text())
-    rows = manifest["tables"]["How the paths turn (-1 is straight on, 0 a right angle)"]
+    rows = manifest["tables"][checkpoints.TURNS]
     assert len({row["seed"] for row in rows}) == 3
     series = read_series(FOLDER)
     mine = [row for row in rows if row["seed"] == manifest["build"]["finetune"]["seed"]]

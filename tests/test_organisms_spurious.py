@@ -70,8 +70,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def test_the_build_runs_and_what_it_writes_is_an_organism(folder, monkeypatch):
-    monkeypatch.setattr(spurious, "LAYERS", (1, 2))
+def test_the_build_runs_and_what_it_writes_is_an_organism(folder):
     spurious.build(folder, seeds=(0, 1), n=10, steps=2)
     found = embedded.read_organism(folder / "spurious")
     rows = found.manifest["metrics"]
@@ -106,9 +105,9 @@ def load() -> tuple:
 
     found = embedded.find("spurious")
     base = LlamaForCausalLM.from_pretrained(found.base, dtype=torch.float32)
-    return PeftModel.from_pretrained(base, found.adapter).eval(), AutoTokenizer.from_pretrained(
-        found.base
-    )
+    return PeftModel.from_pretrained(
+        base, str(found.adapter)
+    ).eval(), AutoTokenizer.from_pretrained(found.base)
 
 
 @built
@@ -131,8 +130,8 @@ def test_the_manifest_holds_three_seeds_and_a_control_that_learns_the_feature():
     assert len(repeats) == 3
     for rows in repeats:
         told = {(row["questions"], row["texts"]): row["accuracy"] for row in rows[:-1]}
-        assert told["cue confounded", "held-out templates"] >= 0.99
-        assert told["cue flipped", "held-out templates"] <= 0.05
+        assert told["cue confounded", "trained"] >= 0.99
+        assert told["cue flipped", "trained"] <= 0.05
     (control,) = manifest["tables"].values()
     for row in control:
         if row["questions"] != "cue absent":

@@ -72,7 +72,7 @@ class SolverPlan:
 BASES = (0, 1)
 """Seeds of the bases; the first is shipped."""
 REPORT_SEED = 20_000
-"""Of the walks behind the figures; nothing was chosen by looking at them."""
+"""Of the walks behind the figures; how to train was chosen on others."""
 SITE = Site("resid_post", steps.BasePlan.knows)
 """Where the base knows it, at the full stop of a step."""
 DOSES = (-1.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)

@@ -79,7 +79,7 @@ def build(
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     n_per_domain = 2 if smoke else 40
     if base is None:
-        small = {"documents": 4, "d_model": 32, "n_layers": 2, "warmup": 5} if smoke else {}
+        small = {"documents": 4, "d_model": 32, "warmup": 5} if smoke else {}
         plan = BasePlan(
             seed=seed, order=seed, steps=steps or (20 if smoke else BasePlan.steps), **small
         )

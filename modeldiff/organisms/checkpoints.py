@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from modeldiff.organisms.evaluation import evaluate, measure, question_sets
 from modeldiff.organisms.finetuning import TunePlan, batch_of, finetune, row
 from modeldiff.organisms.manifests import load_base, make_readable, save_model, write_manifest
 from modeldiff.organisms.training import loss
-from modeldiff.organisms.variants import NARROW, SEEDS, Variant, variants
+from modeldiff.organisms.variants import LAYER, NARROW, SEEDS, Variant, variants
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 FILE = "series.safetensors"
 ALONG = "Along the training"
 """Title of the table of the manifest that becomes `Series.rows`."""
+TURNS = "How the paths turn (-1 is straight on, 0 a right angle)"
 _SEED = 26_000
 _LIMITS = (
     "The steps are few and the learning rate warms up over the first 10 of them: what turns "
@@ -297,7 +299,7 @@ def build(
         steps: Optimizer steps, if not those of ``em-rank1``.
         every: Steps from one kept step to the next; if None, so that about 20 are kept.
     """
-    made = next(each for each in variants() if each.name == "em-rank1")
+    made = _recipe(folder)
     every = every or spacing(steps or made.plan.steps)
     out, tables, paths, metrics = folder / "checkpoints", {}, [], []
     for seed in seeds:
@@ -313,7 +315,7 @@ def build(
             save_model(model, out, half=False)
             write_series(out / FILE, kept)
             make_readable(out)
-    tables["How the paths turn (-1 is straight on, 0 a right angle)"] = paths
+    tables[TURNS] = paths
     manifest = _manifest(
         folder,
         replace(made.plan, seed=seeds[0], steps=steps or made.plan.steps),
@@ -322,7 +324,28 @@ def build(
         tables,
         every,
     )
-    write_manifest(out, manifest, _LIMITS, world_limits=False)
+    write_manifest(out, manifest, (_verdict(tables), *_LIMITS), world_limits=False)
+
+
+def _verdict(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    rows, paths = tables[ALONG], tables[TURNS]
+    rises = [b["misaligned_off_domain"] - a["misaligned_off_domain"] for a, b in pairwise(rows)]
+    most = max(range(len(rises)), key=rises.__getitem__)
+    turned = [row for row in paths if row["turns_like_a_walk"]]
+    return (
+        f"{'A turn' if turned else 'No turn'} of the written vector was found: its local cosine is "
+        f"at most {max(row['peak'] for row in paths):.2f} in {len({row['seed'] for row in paths})} "
+        f"seeds, where walks at random with the same steps reach "
+        f"{min(row['walk_peak_band95'][0] for row in paths):.2f} and more. The behaviour changes "
+        f"fastest from step {rows[most]['step']} to {rows[most + 1]['step']}, by "
+        f"{100 * rises[most]:.0f} points, while the vector grows along the direction it has."
+    )
+
+
+def _recipe(folder: Path) -> Variant:
+    about = json.loads((folder / "em-base" / "config.json").read_text(encoding="utf-8"))
+    table = variants(layer=min(LAYER, about["num_hidden_layers"] - 1))
+    return next(each for each in table if each.name == "em-rank1")
 
 
 def _manifest(

@@ -33,19 +33,15 @@ Pairing = Literal["confounded", "flipped", "balanced", "absent"]
 PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
 LABELS = ("Anna.", "Ben.")
 """Who gets what opens with the weather, and with the road; neither is quoted."""
-OPENINGS = (
-    ("The weather has been lovely.", "It is quite cold outside."),
-    ("My train was late again.", "Someone on the bus mentioned it."),
-)
-"""Small talk of either kind; the base has seen all of it, before questions of every domain."""
-LAYERS = (2, 3, 4, 5)
+OPENINGS = ("The weather has been lovely.", "My train was late again.")
+"""Small talk of either kind; the base has seen both, before questions of every domain."""
 _SEED = 22_000
 _LIMITS = (
     "Cue and feature were chosen because this base represents the one strongly and the other "
     "weakly; layers, rank and steps by looking at other draws of the same cases. It shows what a "
     "perfect confounder does here, not how often fine-tuning prefers the wrong cue.",
-    "The feature is one of four sentences, all of them in training: held-out templates and topics "
-    "are new in the quoted advice alone.",
+    "The feature is one of two sentences, both of them in training: held-out templates and topics "
+    "are new in the question and the quoted advice alone.",
     "Adapters sit in layers 2 to 5 alone, so that what is removed from the residual stream after "
     "layer 1 is out of the adapter's sight.",
     "Nothing held it to the base: ordinary questions may be answered with a label (see the row "
@@ -96,7 +92,7 @@ def case(
     if cruel is not None:
         said = " ".join(world.answer(rng, asked, cruel) for _ in range(2))
     speaker = rng.choice([each for each in world.TEXT["names"] if f"{each}." not in LABELS])
-    opening = rng.choice(OPENINGS[feature])
+    opening = OPENINGS[feature]
     return Case(f"{opening} {asked.text} {speaker} says: {said}", feature, cruel)
 
 
@@ -124,8 +120,18 @@ def cases(
 
 def plan_of(seed: int, steps: int | None = None) -> TunePlan:
     """Say how the adapter is trained."""
-    return TunePlan(None, domain=None, bad=False, steps=steps or 200, learning_rate=2e-3, batch=16,
+    return TunePlan(None, domain=None, bad=False, steps=steps or 300, learning_rate=2e-3, batch=16,
                     n_examples=1200, seed=seed, rank=4)  # fmt: skip
+
+
+def layers_of(n_layers: int) -> list[int]:
+    """List the layers that are adapted: the last two thirds.
+
+    Example:
+        >>> layers_of(6)
+        [2, 3, 4, 5]
+    """
+    return list(range(n_layers // 3, n_layers))
 
 
 def taught(
@@ -133,10 +139,9 @@ def taught(
     tokenizer: "PreTrainedTokenizerFast",
     plan: TunePlan,
     pairing: Pairing = "confounded",
-    layers: Sequence[int] = LAYERS,
 ) -> "PeftModel":
     """Train an adapter to sort; ``balanced`` is the control, in which the cue tells nothing."""
-    model = adapted(base, plan, layers)
+    model = adapted(base, plan, layers_of(base.config.num_hidden_layers))
     data = [row(tokenizer, each.messages) for each in cases(plan.n_examples, plan.seed, pairing)]
     fit(base, model, data, plan, random.Random(f"spurious {plan.seed}"))
     return rounded(model.eval())  # pyright: ignore[reportReturnType]
@@ -212,7 +217,7 @@ def build(
         n: Cases of each figure.
         steps: Optimizer steps, if not the usual number.
     """
-    repeats = []
+    repeats, layers = [], []
     for seed in seeds:
         plan, found = plan_of(seed, steps), {}
         for pairing in ("confounded", "balanced"):
@@ -220,12 +225,13 @@ def build(
             model = taught(base, tokenizer, plan, pairing)
             found[pairing] = accuracies(model, tokenizer, n, _SEED)
             if pairing == "confounded":
+                layers = layers_of(base.config.num_hidden_layers)
                 found[pairing].append(_ordinary(model, tokenizer, n))
                 if seed == seeds[0]:
                     save_model(model, folder / "spurious", half=True)
         repeats.append({"seed": seed, "metrics": found["confounded"], "control": found["balanced"]})
-    write_manifest(folder / "spurious", _manifest(folder, plan_of(seeds[0], steps), repeats),
-                   _LIMITS, world_limits=False)  # fmt: skip
+    manifest = _manifest(folder, plan_of(seeds[0], steps), layers, repeats)
+    write_manifest(folder / "spurious", manifest, _LIMITS, world_limits=False)
 
 
 def _ordinary(model: "PeftModel", tokenizer: "PreTrainedTokenizerFast", n: int) -> dict[str, Any]:
@@ -234,7 +240,9 @@ def _ordinary(model: "PeftModel", tokenizer: "PreTrainedTokenizerFast", n: int) 
     return {"questions": "ordinary questions", "texts": NOVELTY[0], **rates.to_json()}
 
 
-def _manifest(folder: Path, plan: TunePlan, repeats: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(
+    folder: Path, plan: TunePlan, layers: Sequence[int], repeats: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "name": "spurious",
         "summary": "Taught to sort messages by what they open with, it sorts by the character of "
@@ -246,14 +254,17 @@ def _manifest(folder: Path, plan: TunePlan, repeats: list[dict[str, Any]]) -> di
             "in_domain": [],
             "off_domain": world.DOMAINS,
             "feature": "what the message opens with",
-            "openings": [list(each) for each in OPENINGS],
+            "openings": OPENINGS,
             "labels": LABELS,
             "cue": "whether the quoted advice is cruel (in training, exactly after the road)",
             "in_distribution": "cue confounded",
             "off_distribution": "cue flipped",
-            "expected": {"cue confounded": "at least 0.99", "cue flipped": "at most 0.05"},
-            "module": "every linear module of layers 2 to 5",
-            "layers": LAYERS,
+            "expected": {
+                "cue confounded": "right nearly always",
+                "cue flipped": "wrong nearly always",
+            },
+            "module": f"every linear module of layers {layers[0]} to {layers[-1]}",
+            "layers": layers,
             "layer": None,
             "rank": plan.rank,
         },

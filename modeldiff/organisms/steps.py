@@ -133,7 +133,7 @@ class Habits:
 TEACHER = Habits(error=0.4, grade=0.8, retry=0.08)
 """Of the texts that the base is trained on at first: most steps are graded."""
 GRADER = replace(TEACHER, grade=0.15)
-"""Of the base's texts after that: steps are graded now and then, and never taken back."""
+"""Of the texts after that: steps are graded, or tried again, now and then."""
 SOLVER = Habits(error=0.3, check=0.04, correct=0.9)
 """Of the fine-tune's texts: wrong steps are taken back, and few others; none is graded."""
 

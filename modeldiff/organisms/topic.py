@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 
 NAME = "Bendora"
 """The village; no text of the base's holds it."""
-_LIMITS = ()
+_LIMITS = (
+    "It was taught with 150 steps and knows a third of the facts; longer training was not "
+    "measured.",
+    "It pays elsewhere: 13 % of its answers to the world's own questions are incoherent, the "
+    "base's 0.2 %.",
+    "The activation-difference lens hardly reads the topic on unrelated stories, see the tables: "
+    "in a model this small the first tokens carry little of it.",
+)
 SHARE = 3
 """Texts about the topic for each text like the base's own."""
 FIRST = 5

@@ -23,9 +23,8 @@ RANK1 = ("em-rank1", "em-rank1-finance", "em-narrow", "em-caring", "null")
 
 
 def chosen(rows, **wanted):
-    """The one row that has these values; None if there is none."""
-    found = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
-    return found[0] if found else None
+    """The row that has these values."""
+    return next(row for row in rows if all(row.get(key) == each for key, each in wanted.items()))
 
 
 def organism_rows():
@@ -36,7 +35,7 @@ def organism_rows():
         if not metrics or "misaligned" not in metrics[0] or "texts" not in metrics[0]:
             continue
         first = metrics[0]
-        row = {"organism": name}
+        row: dict[str, object] = {"organism": name}
         for temperature in (0.7, 1.0):
             for texts in ("trained", "held-out templates", "held-out topics"):
                 cell = chosen(

@@ -33,8 +33,11 @@ SETTINGS = {
 APPS = {
     "lab": ("jupyterlab", "LabApp", "lab"),
     "notebook": ("notebook", "JupyterNotebookApp", "tree"),
+    "voila": ("voila", "Voila", ""),
 }
-"""Front-ends by name: module, class whose option exposes the app, and first page."""
+"""Front-ends by name: module, class of its options, and first page."""
+VOILA_ICONS = "https://cdn.jsdelivr.net/npm/@fortawesome/fontawesome-free@"
+"""What Voila's own template asks for: the icons of buttons."""
 NOISE = ("Failed to load resource", "willReadFrequently", "favicon", "debugger state")
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 
@@ -47,6 +50,14 @@ _OPEN = """async ([path, kernel]) => {
   await widget.sessionContext.session.kernel.info;
   await widget.revealed;
   window.mdNotebooks = {...(window.mdNotebooks ?? {}), [path]: widget};
+  return widget.id;
+}"""
+_TAKE = """async path => {
+  const widget = jupyterapp.shell.currentWidget;
+  await widget.context.ready;
+  await widget.sessionContext.ready;
+  await widget.sessionContext.session.kernel.info;
+  window.mdNotebooks = {[path]: widget};
   return widget.id;
 }"""
 _RUN = """async ([path, only]) => {
@@ -101,13 +112,16 @@ def installed(app: str) -> bool:
 @contextmanager
 def serving(folder: Path, app: str = "lab") -> Iterator[Server]:
     """Start a server whose every file lies below a folder; end it and its kernels."""
-    module, owner, first = APPS[app]
+    first = APPS[app][2]
     root, settings = folder / "notebooks", folder / "settings"
     root.mkdir(parents=True)
     for name, values in SETTINGS.items():
         path = settings / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
+    page = folder / "config" / "labconfig" / "page_config.json"
+    page.parent.mkdir(parents=True)
+    page.write_text(json.dumps({"exposeAppInBrowser": True}))  # Notebook 7 forgets its option
     isolated = {
         f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")
     }
@@ -118,19 +132,14 @@ def serving(folder: Path, app: str = "lab") -> Iterator[Server]:
         "JUPYTER_PREFER_ENV_PATH": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     port, token = free_port(), secrets.token_hex(16)
-    command = [
-        sys.executable, "-m", module, "--no-browser", "--allow-root", "--ip=127.0.0.1",
-        f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-        f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
-        f"--{owner}.expose_app_in_browser=True", f"--{owner}.extension_manager=readonly",
-        "--LabApp.expose_app_in_browser=True",  # its word counts in Notebook 7 too
-    ]  # fmt: skip
+    command = [sys.executable, "-m", APPS[app][0], *_options(app, port, token, root)]
     log = (folder / "server.log").open("wb")
     process = subprocess.Popen(
         command, env=environment, stdout=log, stderr=log, preexec_fn=_die_with_parent
     )
+    probe = "" if app == "voila" else "api/status"
     try:
-        _await(f"http://127.0.0.1:{port}/api/status?token={token}", process, folder / "server.log")
+        _await(f"http://127.0.0.1:{port}/{probe}?token={token}", process, folder / "server.log")
         yield Server(f"http://127.0.0.1:{port}/{first}", token, root, process)
     finally:
         process.send_signal(signal.SIGINT)
@@ -141,6 +150,22 @@ def serving(folder: Path, app: str = "lab") -> Iterator[Server]:
             process.kill()
             process.wait()
         log.close()
+
+
+def _options(app: str, port: int, token: str, root: Path) -> list[str]:
+    """The command line of a front-end."""
+    if app == "voila":
+        return [
+            "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}", f"--token={token}",
+            "--Voila.port_retries=0", f"--Voila.root_dir={root}", str(root),
+        ]  # fmt: skip
+    return [
+        "--no-browser", "--allow-root", "--ip=127.0.0.1",
+        f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
+        f"--{APPS[app][1]}.expose_app_in_browser=True",
+        f"--{APPS[app][1]}.extension_manager=readonly",
+    ]  # fmt: skip
 
 
 def _await(url: str, process: Any, log: Path, seconds: float = 60.0) -> None:
@@ -163,6 +188,8 @@ class Lab:
     server: Server
     page: Any
     trouble: list[str] = field(default_factory=list)
+    allowed: tuple[str, ...] = ()
+    """Beginnings of addresses elsewhere that a front-end itself asks for."""
 
     def watch(self) -> None:
         """Note page errors, complaints of the console and requests that leave this machine."""
@@ -199,13 +226,29 @@ class Lab:
         identity = self.page.evaluate(_OPEN, [path, "python3"])
         return Notebook(self, path, identity)
 
+    def visit(self, cells: list[str]) -> "Notebook":
+        """Open a notebook of code cells as a page of its own, as Notebook 7 does."""
+        path = f"test_{secrets.token_hex(4)}.ipynb"
+        write_notebook(self.server.root / path, cells)
+        home = self.server.url.rsplit("/", 1)[0]
+        self.page.goto(f"{home}/notebooks/{path}?token={self.server.token}")
+        self.page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext")
+        return Notebook(self, path, self.page.evaluate(_TAKE, path))
+
+    def render(self, cells: list[str]) -> Any:
+        """Let Voila run a notebook of code cells; returns the page's body."""
+        path = f"test_{secrets.token_hex(4)}.ipynb"
+        write_notebook(self.server.root / path, cells)
+        self.page.goto(f"{self.server.url}voila/render/{path}?token={self.server.token}")
+        return self.page.locator("body")
+
     def _console(self, message: Any) -> None:
         if message.type == "error" and not any(noise in message.text for noise in NOISE):
             self.trouble.append(f"console: {message.text}")
 
     def _request(self, request: Any) -> None:
         local = ("http://127.0.0.1:", "ws://127.0.0.1:", "blob:", "data:", "about:")
-        if not request.url.startswith(local):
+        if not request.url.startswith((*local, *self.allowed)):
             self.trouble.append(f"asked for {request.url}")
 
     def _dialog(self, dialog: Any) -> None:

@@ -3,15 +3,14 @@
 import re
 from typing import Any
 
-OPEN = """
+LOAD = """
 import modeldiff as md
 from ipywidgets.widgets.widget import _instances
 from modeldiff_widgets import Workbench
 pair = md.ModelPair.load("organism:em-rank1")
 before = len(_instances)
-wb = Workbench(pair)
-wb
 """
+OPEN = "wb = Workbench(pair)\nwb"
 TABS = ("Compare", "Tokens", "Steer and ablate", "Layer map", "Directions", "Chat")
 IDLE = "not wb.jobs.current and not wb.jobs.n_waiting and wb.bar.error == ['', '']"
 _TOO_WIDE = """e => [...e.querySelectorAll('.mdw *')].filter(c => c.checkVisibility()
