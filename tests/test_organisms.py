@@ -255,8 +255,9 @@ def test_the_manifest_tells_the_truth(name: str):
         measure(model, tokenizer, manifest["planted"], seed=41_000, temperatures=(0.7,)),
         strict=True,
     ):
+        far = 3 * (0.5 / told["n"]) ** 0.5  # three deviations of two shares, at most
         for label in ("aligned", "misaligned", "mixed", "incoherent"):
-            assert seen[label] == pytest.approx(told[label], abs=0.1), (told, seen)
+            assert seen[label] == pytest.approx(told[label], abs=far), (told, seen)
 
 
 def test_a_system_message_sets_the_character():
