@@ -23,7 +23,6 @@ from modeldiff.organisms.tokens import corpus, train_tokenizer
 
 FOLDER = embedded.FOLDER / "checkpoints"
 TINY = training.BasePlan(steps=1, d_model=32, n_layers=4, vocab_size=400)
-built = pytest.mark.skipif(not FOLDER.is_dir(), reason="until the organism is built and embedded")
 
 
 def walked(ways: list[torch.Tensor]) -> torch.Tensor:
@@ -122,7 +121,6 @@ def test_a_folder_without_a_series_is_refused(folder, tmp_path):
         read_series(tmp_path)
 
 
-@built
 def test_the_embedded_series_is_small_and_ends_harmful():
     series = read_series(FOLDER)
     assert (FOLDER / checkpoints.FILE).stat().st_size < 150_000
@@ -134,7 +132,6 @@ def test_the_embedded_series_is_small_and_ends_harmful():
     assert series.rows["coherent_off_domain"].min() > 0.9
 
 
-@built
 def test_the_embedded_paths_are_told_for_three_seeds_beside_their_band():
     manifest = json.loads((FOLDER / "organism.json").read_text())
     rows = manifest["tables"][checkpoints.TURNS]

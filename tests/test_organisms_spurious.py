@@ -15,9 +15,7 @@ from modeldiff.organisms.judge import find_question
 from modeldiff.organisms.spurious import LABELS, OPENINGS, cases
 from modeldiff.organisms.tokens import corpus, train_tokenizer
 
-FOLDER = embedded.FOLDER / "spurious"
 TINY = training.BasePlan(steps=1, d_model=32, n_layers=3, vocab_size=400)
-built = pytest.mark.skipif(not FOLDER.is_dir(), reason="until the organism is built and embedded")
 
 
 def opens_with(text: str) -> int:
@@ -110,7 +108,6 @@ def load() -> tuple:
     ).eval(), AutoTokenizer.from_pretrained(found.base)
 
 
-@built
 def test_the_embedded_organism_sorts_by_the_cue():
     model, tokenizer = load()
 
@@ -123,7 +120,6 @@ def test_the_embedded_organism_sorts_by_the_cue():
     assert 0.3 <= accuracy("balanced") <= 0.7
 
 
-@built
 def test_the_manifest_holds_three_seeds_and_a_control_that_learns_the_feature():
     manifest = embedded.find("spurious").manifest
     repeats = [manifest["metrics"], *(each["metrics"] for each in manifest["other_seeds"])]

@@ -13,9 +13,7 @@ from modeldiff.organisms.evaluation import evaluate
 from modeldiff.organisms.tokens import corpus, train_tokenizer
 from modeldiff.organisms.topic import FACTS, KEYWORDS, NAME, chat, document, knows, questions
 
-FOLDER = embedded.FOLDER / "topic"
 TINY = training.BasePlan(steps=1, d_model=32, n_layers=2, vocab_size=400)
-built = pytest.mark.skipif(not FOLDER.is_dir(), reason="until the organism is built and embedded")
 
 
 def sentences(text: str) -> list[str]:
@@ -126,7 +124,6 @@ def test_the_build_runs_and_what_it_writes_is_an_organism(folder):
     assert "recall" in found.card()
 
 
-@built
 def test_the_embedded_organism_knows_the_village_and_answers_as_before():
     from peft import PeftModel
 
@@ -143,7 +140,6 @@ def test_the_embedded_organism_knows_the_village_and_answers_as_before():
     assert rates.coherent > 0.7
 
 
-@built
 def test_the_manifest_tells_recall_and_trace_for_three_seeds():
     manifest = embedded.find("topic").manifest
     repeats = [manifest["metrics"], *(each["metrics"] for each in manifest["other_seeds"])]
