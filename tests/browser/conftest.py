@@ -63,6 +63,7 @@ def notebook(lab: Lab) -> Iterator[Callable[..., Notebook]]:
     """Open notebooks of code cells; they are closed, and the page must not have complained."""
     opened: list[Notebook] = []
     lab.trouble.clear()
+    lab.expected = ()
 
     def make(*cells: str, run: bool = True) -> Notebook:
         opened.append(lab.open(list(cells)))

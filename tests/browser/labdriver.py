@@ -190,6 +190,10 @@ class Lab:
     trouble: list[str] = field(default_factory=list)
     allowed: tuple[str, ...] = ()
     """Beginnings of addresses elsewhere that a front-end itself asks for."""
+    expected: tuple[str, ...] = ()
+    """Complaints of the console that a test provokes."""
+    seen: list[str] = field(default_factory=list)
+    """Those of them that came."""
 
     def watch(self) -> None:
         """Note page errors, complaints of the console and requests that leave this machine."""
@@ -243,8 +247,10 @@ class Lab:
         return self.page.locator("body")
 
     def _console(self, message: Any) -> None:
-        if message.type == "error" and not any(noise in message.text for noise in NOISE):
-            self.trouble.append(f"console: {message.text}")
+        if message.type != "error" or any(noise in message.text for noise in NOISE):
+            return
+        provoked = any(words in message.text for words in self.expected)
+        (self.seen if provoked else self.trouble).append(f"console: {message.text}")
 
     def _request(self, request: Any) -> None:
         local = ("http://127.0.0.1:", "ws://127.0.0.1:", "blob:", "data:", "about:")
