@@ -54,8 +54,7 @@ def test_the_workbench_in_notebook_7(frontend, shots):
     assert answers == book.eval(
         "[said.text for said in wb.panels['Compare'].run_shown.said.values()]"
     )
-    assert book.eval("wb.state.token") == 3
-    assert book.eval(IDLE)
+    book.until(f"wb.state.token == 3 and {IDLE}")
     out.screenshot(path=shots / "notebook7.png")
     book.exec("wb.close()")
     assert book.eval("len(_instances)") == book.eval("before")

@@ -48,7 +48,7 @@ def test_chat_from_the_first_message_to_equal_histories(notebook, shots):
     first = message.input_value()
     message.press("Enter")
     cells(opened, 2)
-    assert opened.eval("panel.talk.turns[0].user") == first
+    opened.until(f"panel.talk.turns[0].user == {first!r}")
     message.fill("And what about my car?")
     message.press("Enter")
     assert cells(opened, 4) == said(opened)

@@ -40,7 +40,7 @@ def test_the_panel_from_the_first_direction_to_the_curve(notebook, shots):
         label="ablate: project it out"
     )
     book.until(f"panel.state.edits[0]['kind'] == 'ablate' and {IDLE}")
-    assert book.eval("[len(column['badges']) for column in panel.view.columns]") == [1] * 4
+    book.until("[len(c.get('badges', '')) for c in panel.view.columns] == [1] * 4")
     book.shoot(shots, "edits_ablate")
 
     out.locator("select", has_text="ablate: project it out").first.select_option(

@@ -30,7 +30,7 @@ def draw(book, what):
     book.exec(f"panel.what.value = {what!r}")
     book.output(0).get_by_role("button", name="Draw map").click()
     book.until(f"panel.found and panel.found.wanted.what == {what!r} and not panel.jobs.current")
-    assert book.eval("bool((~panel.values.isnan()).all())")
+    book.until("bool((~panel.values.isnan()).all())")
     book.lab.page.wait_for_timeout(300)
 
 

@@ -86,7 +86,7 @@ def test_the_panel_from_the_first_click_to_the_edited_columns(notebook, shots):
     book.until("'projection_difference' in panel.view.columns[0]['values']")
     out.get_by_text("Code", exact=True).click()
     largest = "max(abs(v) for c in panel.view.columns for v in c['values'][panel.view.metric][1:])"
-    assert book.eval(f"abs(panel.state.scale / {largest} - 1) < 0.01")
+    book.until(f"abs(panel.state.scale / {largest} - 1) < 0.01")
     out.get_by_text("from modeldiff.token_scores import projections").wait_for()
     book.shoot(shots, "tokens_projection")
 

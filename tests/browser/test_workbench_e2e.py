@@ -81,11 +81,11 @@ def test_a_direction_that_is_found_is_ablated_compared_and_talked_to(notebook, s
 
     go_to(out, "Steer and ablate")
     out.get_by_role("combobox").get_by_text("ablate: project it out").wait_for(state="attached")
-    assert book.eval("[e['kind'] for e in wb.state.edits]") == ["ablate"]
+    book.until("[e['kind'] for e in wb.state.edits] == ['ablate']")
     press(out, "Generate")
     finished(out, "edit and generate")
-    verdicts = "[c['badges'] for c in wb.panels['Steer and ablate'].view.columns]"
-    assert book.eval(verdicts) == [["aligned"], ["misaligned"], ["aligned"]]
+    verdicts = "[c.get('badges') for c in wb.panels['Steer and ablate'].view.columns]"
+    book.until(f"{verdicts} == [['aligned'], ['misaligned'], ['aligned']]")
     book.shoot(shots, "edits", 1)
 
     go_to(out, "Compare")
