@@ -359,7 +359,10 @@ class Chat(Panel):
         self._list_histories()
         self._explain()
         size = 3 if three else 2
-        if size != self.talk.n_columns:
+        if not self.talk.turns and not self._live:  # nothing to answer: no job
+            self.talk = self.talk.widened(size)
+            self._draw()
+        elif size != self.talk.n_columns:
             self._change(lambda talk: (talk.widened(size), []), [])
 
     def _list_histories(self) -> None:

@@ -33,7 +33,7 @@ OPERATIONS = (
 )  # fmt: skip
 SUFFIX = ".safetensors"
 _HEADINGS = (
-    "#", "name", "method", "site", "norm", "/ residual norm", "split-half", "text null",
+    "#", "name", "method", "site", "norm", "share of residual", "split-half", "text null",
     "tokens", "points",
 )  # fmt: skip
 _EMPTY = (
@@ -130,7 +130,7 @@ class Directions(Panel):
         self.on(self.ablate, lambda: self.use("ablate"))
         self.on(self.remove, self.drop)
         actions = _theme.row(
-            _theme.field("Selected direction", self.selected, width="20rem"),
+            _theme.field("Selected direction", self.selected, width="30rem"),
             self.steer, self.ablate, self.caft, self.remove,
         )  # fmt: skip
         return self.table, actions, self.used, _theme.note(reason)
@@ -283,6 +283,7 @@ class Directions(Panel):
         table = _render.table(_HEADINGS, rows, selected=chosen, numeric=(0, 3, 4, 5, 6, 7, 8))
         notes = self.state.directions[names[chosen]].notes if chosen >= 0 else ()
         return table + "".join(_render.note(each) for each in notes) + _render.note(
+            "Share of residual: the norm beside the mean norm of the residual stream there. "
             "Split-half: cosine between the directions of two halves of the data. Text null: "
             "cosine with the same contrast in the base; near 1 it is a property of the texts."
         )  # fmt: skip
