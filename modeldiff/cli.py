@@ -1,4 +1,4 @@
-"""The command line: ``modeldiff diff | audit | rerun | organisms | bench | lab``."""
+"""The command line: ``modeldiff diff | audit | rerun | organisms | bench | doctor | lab``."""
 
 import argparse
 import signal
@@ -22,7 +22,8 @@ _EXAMPLES = """examples:
         only the differences of the predictions, in seconds
   modeldiff rerun audits/em-rank1/manifest.json --out audits/again
         repeat an audit and compare every number
-exit codes: 0 fine; 1 a rerun differs by more than its tolerance; 2 wrong input; 130 stopped
+exit codes: 0 fine; 1 a rerun differs by more than its tolerance, or the doctor misses something;
+2 wrong input; 130 stopped
 """
 
 
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         _organisms_arguments,
     )
     _add(commands, "bench", _bench, "score every method on pairs of known truth", _bench_arguments)
+    _add(commands, "doctor", _doctor, "what this installation can do, and what it lacks", _nothing)
     _add(commands, "lab", _lab, "open JupyterLab on a copy of the notebooks", _lab_arguments)
     return parser
 
@@ -139,6 +141,10 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    """Take no arguments."""
 
 
 def _lab_arguments(parser: argparse.ArgumentParser) -> None:
@@ -326,6 +332,14 @@ def _bench(options: argparse.Namespace) -> int:
     _say(found.markdown() if options.markdown else found.text())
     _say(f"{'results' if found.complete else 'INCOMPLETE results'}: {path}")
     return OK if found.complete else STOPPED
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from modeldiff import doctor
+
+    found = doctor.examine()
+    _say(doctor.as_text(found))
+    return OK if doctor.healthy(found) else DIFFERS
 
 
 def _lab(options: argparse.Namespace) -> int:
