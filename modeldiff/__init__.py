@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from modeldiff.dose import with_prompts as with_prompts
     from modeldiff.edit_effects import effects as effects
     from modeldiff.generation import Generations as Generations
+    from modeldiff.harvesting import harvest as harvest
     from modeldiff.interventions import Ablate as Ablate
     from modeldiff.interventions import Cell as Cell
     from modeldiff.interventions import Clamp as Clamp
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from modeldiff.prefill import Prefill as Prefill
     from modeldiff.report import Report as Report
     from modeldiff.sites import Site as Site
+    from modeldiff.stores import ActivationStore as ActivationStore
     from modeldiff.tokens import Chat as Chat
     from modeldiff.tokens import Completion as Completion
 
@@ -67,6 +69,7 @@ _HOMES = {
     "dose": "dose_response residual_norms with_prompts",
     "edit_effects": "effects",
     "generation": "Generations",
+    "harvesting": "harvest",
     "interventions": "Ablate Cell Clamp Plan Replace ScaleAdapter ScaleAlong Steer",
     "masks": "Last New Positions Regex Role Span",
     "models": "ModelPair",
@@ -74,6 +77,7 @@ _HOMES = {
     "prefill": "Prefill",
     "report": "Report",
     "sites": "Site",
+    "stores": "ActivationStore",
     "tokens": "Chat Completion",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

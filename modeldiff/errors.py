@@ -7,8 +7,10 @@ ModelDiffError
 ├── InterventionError     an edit that did not fire, or cannot be carried out as written
 ├── MaskError             a mask that selects nothing, or a text that cannot be rendered exactly
 ├── DirectionError        too few tokens, or no difference, to find a direction in
+├── TrainingError         a training whose loss is no number any more
 ├── JudgeError            a judge that scored nothing
 ├── FileFormatError       a file that is not what it should be; nothing was read from it
+├── StoreError            the system refused to write a store, or another process is writing it
 ├── SetupError            the installation lacks something; says what to install
 ├── Cancelled             the caller asked to stop; what is finished is kept
 └── RemoteError           the remote server refused, timed out, or lacks the model
@@ -45,12 +47,20 @@ class DirectionError(ModelDiffError, ValueError):
     """Too few tokens, or no difference, to find a direction in."""
 
 
+class TrainingError(ModelDiffError, ValueError):
+    """A training whose loss is no number any more."""
+
+
 class JudgeError(ModelDiffError, ValueError):
     """A judge that scored nothing."""
 
 
 class FileFormatError(ModelDiffError, ValueError):
     """A file that is not what it should be; nothing was read from it."""
+
+
+class StoreError(ModelDiffError, OSError):
+    """The system refused to write a store, or another process is writing it."""
 
 
 class SetupError(ModelDiffError, RuntimeError):

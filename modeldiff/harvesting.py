@@ -1,0 +1,254 @@
+"""Harvesting: paired activations of many texts, to disk.
+
+Both sides run on the same batches, and the layers below the first adapted one once for both. Texts
+are batched by length, but only among the texts of one shard, so that memory does not grow with the
+corpus and a shard is the same whenever it is made.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeldiff._files import PathLike, atomic_write, digest, file_digest
+from modeldiff._progress import Progress, check, reporter
+from modeldiff._version import __version__
+from modeldiff.errors import MismatchError
+from modeldiff.live_rows import check_paired, dtype_name, paired_rows, sides_of
+from modeldiff.loading import Sides
+from modeldiff.masks import Mask, parse_mask
+from modeldiff.models import ModelPair
+from modeldiff.sites import Site, parse_sites
+from modeldiff.store_files import (
+    DTYPES,
+    STATISTICS,
+    Manifest,
+    Shard,
+    file_facts,
+    locked,
+    plan_shards,
+    prepare_folder,
+    read_receipt,
+    shard_files,
+    write_at,
+    write_manifest,
+    write_receipt,
+    write_statistics,
+    writing,
+)
+from modeldiff.store_statistics import RowStatistics
+from modeldiff.store_texts import (
+    FILES,
+    Corpus,
+    corpus_in_files,
+    write_texts,
+)
+from modeldiff.stores import ActivationStore
+
+
+def harvest(
+    pair: "ModelPair | Sides",
+    items: Iterable[Any],
+    at: "str | Site | Sequence[str | Site]",
+    folder: PathLike,
+    *,
+    on: "str | Mask" = "all",
+    skip_first: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    rows_per_shard: int = 1 << 15,
+    max_tokens: int = 4096,
+    progress: Progress = False,
+    cancel: Event | None = None,
+) -> ActivationStore:
+    """Write both sides' activations on the same tokens into a folder, shard by shard.
+
+    Whatever stops it (a key, the event, a full disk, ``kill -9``), finished shards stay; called
+    again with the same arguments it goes on after them, and the result is the same byte for byte
+    as if it had never stopped (on the same machine). A finished store is returned at once; one
+    that lacks a file gets it again.
+
+    Args:
+        pair: The pair.
+        items: Texts, chats, completions; any iterable, read once, never held as a whole.
+        at: Site or sites.
+        folder: New, empty, or of the same harvest.
+        on: Tokens to keep.
+        skip_first: Positions dropped at the start of each text (BOS carries massive activations).
+            Padding is never kept.
+        dtype: Of the stored rows, bfloat16 or float32.
+        rows_per_shard: A shard is closed once it has so many; texts are not split.
+        max_tokens: Budget of a batch, padding included.
+        progress: Where to report.
+        cancel: Event that stops between batches; ``Cancelled.partial`` is the folder.
+
+    Raises:
+        MaskError: If no token is kept.
+        SiteError: If a site does not exist, or not on both sides.
+        MismatchError: If the folder holds a harvest of something else, and what differs; or an
+            argument is out of its range.
+        FileFormatError: If the folder holds anything else.
+        StoreError: If the disk is full or refuses, or another process harvests into the folder.
+        Cancelled: If the event is set.
+    """
+    sides, sites, mask = sides_of(pair), parse_sites(at), parse_mask(on)
+    check_paired(sides, sites)
+    if min(rows_per_shard, max_tokens) < 1:
+        raise MismatchError(f"rows_per_shard={rows_per_shard}, max_tokens={max_tokens}: give 1 up.")
+    items = [items] if isinstance(items, str) else items
+    where, name = Path(folder), dtype_name(dtype)
+    with writing(where):
+        where.mkdir(parents=True, exist_ok=True)
+        with locked(where):
+            manifest = prepare_folder(where)
+            layout = {"rows_per_shard": rows_per_shard, "max_tokens": max_tokens}
+            settings = {"sites": list(map(str, sites)), "mask": mask.to_json(),
+                        "skip_first": skip_first, "dtype": name, **layout}  # fmt: skip
+            plan = _planned(sides, items, mask, skip_first, settings, where, manifest)
+            _harvest_shards(sides, sites, where, plan, progress, cancel)
+    return ActivationStore.open(where)
+
+
+def _planned(
+    sides: Sides,
+    items: Iterable[Any],
+    mask: Mask,
+    skip_first: int,
+    settings: Manifest,
+    folder: Path,
+    manifest: Manifest | None,
+) -> Manifest:
+    """Write the texts and the manifest of an unfinished store; compare with what is there."""
+    with ExitStack() as stack:
+        paths = [stack.enter_context(atomic_write(folder / name)) for name in FILES]
+        with ExitStack() as opened:
+            streams = [opened.enter_context(path.open("wb")) for path in paths]
+            texts = write_texts(sides, items, mask, skip_first, streams)
+        depends_on = {**sides.digests, "texts": texts, "modeldiff": __version__, **settings}
+        if manifest is not None:
+            _check_same(depends_on, manifest, folder)
+    if manifest is not None and manifest["complete"]:
+        return manifest
+    plan = {
+        "key": digest(depends_on),
+        "depends_on": depends_on,
+        "models": ["base", "finetuned"],
+        "dtype": settings["dtype"],
+        "texts": texts,
+        "files": {name: file_facts(folder, name) for name in FILES},
+        "complete": False,
+    }
+    write_manifest(folder, plan)
+    return plan
+
+
+def _check_same(depends_on: Manifest, manifest: Manifest, folder: Path) -> None:
+    old = manifest["depends_on"]
+    differing = [name for name in sorted({*old, *depends_on})
+                 if old.get(name) != depends_on.get(name)]  # fmt: skip
+    if differing:
+        said = "; ".join(
+            f"{n}: {old.get(n)!r} there, {depends_on.get(n)!r} here" for n in differing
+        )
+        raise MismatchError(
+            f"{str(folder)!r} holds another harvest ({said}). Nothing was written; choose another "
+            "folder, or delete this one."
+        )
+
+
+def _harvest_shards(
+    sides: Sides,
+    sites: tuple[Site, ...],
+    folder: Path,
+    plan: Manifest,
+    progress: Progress,
+    cancel: Event | None,
+) -> None:
+    sizes = {name: facts["bytes"] for name, facts in plan["files"].items() if name in FILES}
+    corpus = corpus_in_files(folder, plan["texts"], sizes)
+    shards = plan_shards(corpus.counts, plan["depends_on"]["rows_per_shard"])
+    report, receipts, made = reporter(progress, "harvest"), [], False
+    for shard in shards:
+        found = read_receipt(folder, plan["key"], shard)
+        if found is None:
+            _harvest_shard(sides, sites, folder, plan, corpus, shard, cancel)
+            found, made = read_receipt(folder, plan["key"], shard), True
+        assert found is not None, "a receipt that was just written"
+        receipts.append(found)
+        done = shard.first_row + shard.n_rows
+        report(done, corpus.n_rows, f"{done}/{corpus.n_rows} rows")
+    if made or not plan["complete"] or not (folder / STATISTICS).is_file():
+        _finish(folder, plan, sites, receipts)
+
+
+def _finish(
+    folder: Path,
+    plan: Manifest,
+    sites: tuple[Site, ...],
+    receipts: list[tuple[Manifest, dict[Site, RowStatistics]]],
+) -> None:
+    statistics = {site: RowStatistics.joined(each[site] for _, each in receipts) for site in sites}
+    write_statistics(folder, statistics)
+    summary = {
+        str(site): {"n": s.n, "rms": s.rms.tolist(), "norm_of_mean": s.mean.norm(dim=1).tolist()}
+        for site, s in statistics.items()
+    }
+    write_manifest(folder, plan | {
+        "complete": True,
+        "widths": {str(site): s.mean.shape[1] for site, s in statistics.items()},
+        "shards": [{name: record[name] for name in ("documents", "n_rows", "bytes", "digests")}
+                   for record, _ in receipts],
+        "statistics": summary,
+        "files": plan["files"] | {STATISTICS: file_facts(folder, STATISTICS)},
+    })  # fmt: skip
+
+
+def _harvest_shard(
+    sides: Sides,
+    sites: tuple[Site, ...],
+    folder: Path,
+    plan: Manifest,
+    corpus: Corpus,
+    shard: Shard,
+    cancel: Event | None,
+) -> None:
+    numbers = [i for i in range(*shard.documents) if corpus.counts[i]]
+    texts = [corpus.document(i) for i in numbers]
+    settings, parts = plan["depends_on"], {site: [] for site in sites}
+    dtype = DTYPES[settings["dtype"]]
+    check(cancel, folder)
+    with shard_files(folder, shard.number, sites) as files:
+        for which, rows in paired_rows(sides, texts, sites, settings["max_tokens"]):
+            check(cancel, folder)
+            for site in sites:
+                stored = rows[site].to(dtype)
+                parts[site].append(RowStatistics.of(stored))
+                starts = [texts[i].first_row - shard.first_row for i in which]
+                lengths = [len(texts[i].kept) for i in which]
+                _write_texts_rows(files[site][0], stored.cpu(), starts, lengths)
+        for handle, _ in files.values():
+            os.fsync(handle)
+        record = {
+            "key": plan["key"],
+            "documents": list(shard.documents),
+            "n_rows": shard.n_rows,
+            "bytes": {str(site): path.stat().st_size for site, (_, path) in files.items()},
+            "digests": {str(site): file_digest(path) for site, (_, path) in files.items()},
+        }
+    joined = {site: RowStatistics.joined(each) for site, each in parts.items()}
+    write_receipt(folder, shard.number, record, joined)
+
+
+def _write_texts_rows(
+    handle: int, rows: Tensor, starts: Sequence[int], lengths: Sequence[int]
+) -> None:
+    """Write the rows of each text of a batch where they belong in the shard."""
+    values = (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
+    done = 0
+    for start, n in zip(starts, lengths, strict=True):
+        write_at(handle, values[done : done + n], start * values[0].nbytes)
+        done += n
