@@ -11,7 +11,16 @@ pair = md.ModelPair.load("organism:em-rank1")
 before = len(_instances)
 """
 OPEN = "wb = Workbench(pair)\nwb"
-TABS = ("Compare", "Tokens", "Steer and ablate", "Layer map", "Directions", "Chat")
+TABS = (
+    "Compare",
+    "Tokens",
+    "Steer and ablate",
+    "Layer map",
+    "Directions",
+    "Latents",
+    "Training",
+    "Chat",
+)
 IDLE = "not wb.jobs.current and not wb.jobs.n_waiting and wb.bar.error == ['', '']"
 _TOO_WIDE = """e => [...e.querySelectorAll('.mdw *')].filter(c => c.checkVisibility()
   && !c.closest('.mdw-scroll, .mdw-code, .mdw-bokeh')

@@ -113,8 +113,18 @@ def test_steering_and_ablating_put_edits_on_the_stack(panel):
     panel.state.edits = []
     panel.remove.click()
     assert list(panel.state.directions) == ["a", "b"]
-    assert panel.caft.disabled
-    assert panel.caft.tooltip
+
+
+def test_a_direction_is_marked_for_caft_until_it_is_unmarked_or_removed(panel):
+    panel.caft.click()
+    assert panel.state.caft == ["word"]
+    assert panel.used.value.endswith("Marked for CAFT.")
+    panel.caft.click()
+    assert panel.state.caft == []
+    panel.caft.click()
+    panel.remove.click()
+    assert panel.state.caft == []
+    assert "CAFT" not in panel.used.value
 
 
 def test_a_direction_is_found_with_one_button_and_its_snippet_gives_the_same(planted):

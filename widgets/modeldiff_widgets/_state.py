@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+from traitlets import Any as AnyTrait
 from traitlets import Bool, Dict, Float, HasTraits, Int, List, TraitError, Unicode, validate
 
+from modeldiff.dictionaries.models import Dictionary
+from modeldiff.dictionaries.sources import Source
 from modeldiff.direction_controls import random_like
 from modeldiff.directions import Direction, load_directions, save_directions
 from modeldiff.errors import FileFormatError
 from modeldiff.interventions import Plan
+from modeldiff.stores import ActivationStore, StoreRows
 from modeldiff.tokens import Chat
 from modeldiff_widgets import _stack
 
@@ -43,7 +47,13 @@ class AuditState(HasTraits):
     directions_file = Unicode(help="File that holds the directions; '' if none does.").tag(
         kept=True
     )
+    latent = Int(0, min=0, help="The latent that is looked at.").tag(kept=True)
+    caft = List(Unicode(), help="Names of the directions to train against.").tag(kept=True)
 
+    dictionary = AnyTrait(None, help="The dictionary whose latents are read, or None.")
+    rows = AnyTrait(None, help="A source of paired activations for it, or None.")
+    dictionary_folder = Unicode(help="Where the dictionary lies; '' if nowhere yet.")
+    rows_code = Unicode(help="Python that makes the source; '' if only this object has it.")
     directions = Dict(key_trait=Unicode(), help="Directions by name.")
     direction_code = Dict(key_trait=Unicode(), help="Python that makes a direction, by its name.")
     results = Dict(key_trait=Unicode(), help="What panels computed, for other panels.")
@@ -148,6 +158,54 @@ class AuditState(HasTraits):
 
     def _directed(self) -> bool:
         return bool(_stack.used(self.edits))
+
+    # -- dictionaries
+
+    def use_dictionary(self, dictionary: Dictionary | None, folder: str = "") -> None:
+        """Read the latents of another dictionary.
+
+        Args:
+            dictionary: The dictionary; None for none.
+            folder: Where it lies, for code and labels.
+        """
+        with self.hold_trait_notifications():
+            self.dictionary_folder, self.dictionary = folder, dictionary
+
+    def use_rows(self, store: ActivationStore | Source | None, site: str = "") -> None:
+        """Measure latents, and train dictionaries, on other activations.
+
+        Args:
+            store: A store, or a source of rows; None for none.
+            site: Which site of a store; default that of the dictionary.
+
+        Raises:
+            SiteError: If the store lacks the site, or has several and none is named.
+        """
+        if isinstance(store, StoreRows):
+            store, site = store.store, str(store.site)
+        if not isinstance(store, ActivationStore):
+            self.rows_code, self.rows = "", store
+            return
+        named = site or (self.dictionary.config.site if self.dictionary is not None else "")
+        rows = store.source(named or None)
+        where = repr(named) if named else ""
+        self.rows_code = f"ActivationStore.open({str(store.folder)!r}).source({where})"
+        self.rows = rows
+
+    def dictionary_code(self) -> str:
+        """Python lines that define ``dictionary``; from its folder, or from ``state``."""
+        if not self.dictionary_folder:
+            return "dictionary = state.dictionary"
+        return (
+            "from modeldiff.dictionaries.readers import read\n"
+            f"dictionary = read({self.dictionary_folder!r})"
+        )
+
+    def source_code(self) -> str:
+        """Python lines that define ``rows``; from the store's folder, or from ``state``."""
+        if not self.rows_code:
+            return "rows = state.rows"
+        return f"from modeldiff.stores import ActivationStore\nrows = {self.rows_code}"
 
     # -- directions
 

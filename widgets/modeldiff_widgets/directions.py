@@ -79,7 +79,8 @@ class Directions(Panel):
         algebra, files = self._algebra(), self._files()
         for trait in ("directions", "direction", "seed"):
             self.link(self.state, trait, lambda new: self._show())
-        self.link(self.state, "edits", lambda new: self._show_use())
+        for trait in ("edits", "caft"):
+            self.link(self.state, trait, lambda new: self._show_use())
         self.link(self.selected, "value", self._choose)
         self._show()
         return _theme.column(
@@ -122,18 +123,18 @@ class Directions(Panel):
         self.steer = _theme.button("Steer with it", icon="arrow-right")
         self.ablate = _theme.button("Ablate it", icon="minus-circle")
         self.remove = _theme.button("Remove", icon="trash")
-        reason = "Training against a direction (CAFT) is not part of this workbench yet."
-        self.caft = _theme.button("Use in CAFT", icon="graduation-cap", tooltip=reason)
-        self.caft.disabled = True
+        marks = "mark it, to be ablated while fine-tuning (concept ablation fine-tuning)"
+        self.caft = _theme.button("Use in CAFT", icon="graduation-cap", tooltip=marks)
         self.used = _theme.note()
         self.on(self.steer, lambda: self.use("steer"))
         self.on(self.ablate, lambda: self.use("ablate"))
+        self.on(self.caft, self.use_in_caft)
         self.on(self.remove, self.drop)
         actions = _theme.row(
             _theme.field("Selected direction", self.selected, width="30rem"),
             self.steer, self.ablate, self.caft, self.remove,
         )  # fmt: skip
-        return self.table, actions, self.used, _theme.note(reason)
+        return self.table, actions, self.used
 
     def _algebra(self) -> Sequence[W.Widget]:
         self.first, self.second = (W.Dropdown(options=[("none yet", "")]) for _ in "ab")
@@ -179,6 +180,11 @@ class Directions(Panel):
         layers: Any = "all" if kind == "ablate" else None
         self.state.edits = [*self.state.edits, new_edit(kind, self._named().name, layers=layers)]
 
+    def use_in_caft(self) -> None:
+        """Mark the selected direction for concept ablation fine-tuning; once more unmarks it."""
+        name, marked = self._named().name, list(self.state.caft)
+        self.state.caft = [n for n in marked if n != name] if name in marked else [*marked, name]
+
     def drop(self) -> None:
         """Take the selected direction out of the library, unless an edit needs it."""
         name = self._named().name
@@ -186,6 +192,7 @@ class Directions(Panel):
         if users:
             raise DirectionError(f"{name!r} is used by edit {', '.join(users)}: delete that first.")
         left = {n: d for n, d in self.state.directions.items() if n != name}
+        self.state.caft = [each for each in self.state.caft if each != name]
         self.state.direction = next(iter(left), "")
         self.state.directions = left
 
@@ -250,7 +257,7 @@ class Directions(Panel):
                 self._offer(control)
         finally:
             self._showing = 0
-        for button in (self.steer, self.ablate, self.remove, self.make, self.write):
+        for button in (self.steer, self.ablate, self.caft, self.remove, self.make, self.write):
             button.disabled = not directions
         self._show_use()
         self._show_map()
@@ -269,10 +276,11 @@ class Directions(Panel):
         name = self.state.direction
         mine = [f"{e['kind']} ({i + 1})" for i, e in enumerate(self.state.edits)
                 if name and e["direction"] == name]  # fmt: skip
-        self.used.value = (
+        stack = (
             f"In the stack of edits: {', '.join(mine)}." if mine
             else "Not in the stack of edits: the panel Steer and ablate shows what they do."
         )  # fmt: skip
+        self.used.value = stack + " Marked for CAFT." * (name in self.state.caft)
 
     def _table_html(self) -> str:
         if not self.state.directions:

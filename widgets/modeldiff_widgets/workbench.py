@@ -1,11 +1,16 @@
 """`Workbench`: all panels over one state, one worker and one job bar."""
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, Self
 
 import ipywidgets as W
 
+from modeldiff.dictionaries.models import Dictionary
+from modeldiff.dictionaries.readers import read
+from modeldiff.dictionaries.sources import Source
 from modeldiff.models import ModelPair
+from modeldiff.stores import ActivationStore
 from modeldiff_widgets import _render
 from modeldiff_widgets._job_bar import JobBar
 from modeldiff_widgets._jobs import JobRunner
@@ -16,10 +21,14 @@ from modeldiff_widgets.chat import Chat
 from modeldiff_widgets.compare import Compare
 from modeldiff_widgets.directions import Directions
 from modeldiff_widgets.edits import Edits
+from modeldiff_widgets.latents import Latents
 from modeldiff_widgets.layer_map import LayerMap
 from modeldiff_widgets.tokens import Tokens
+from modeldiff_widgets.training import Training
 
-PANELS: tuple[type[Panel], ...] = (Compare, Tokens, Edits, LayerMap, Directions, Chat)
+PANELS: tuple[type[Panel], ...] = (
+    Compare, Tokens, Edits, LayerMap, Directions, Latents, Training, Chat,
+)  # fmt: skip
 """What `Workbench` shows, in the order of its tabs."""
 
 
@@ -30,6 +39,14 @@ class Workbench:
         pair: The pair.
         panels: Which panels; `PANELS` if None.
         state: Settings to begin with.
+        dictionary: A dictionary, or where one lies in any layout that can be read: its latents
+            are shown by the panel Latents. Later: ``wb.state.use_dictionary``.
+        store: Activations to measure it on, or to train one: a store, or a source of rows.
+            Later: ``wb.state.use_rows``.
+
+    Raises:
+        FileFormatError: If what lies there is no dictionary.
+        SiteError: If the store lacks the dictionary's site.
 
     Example:
         >>> with Workbench(None, panels=()) as wb:
@@ -42,9 +59,18 @@ class Workbench:
         pair: ModelPair,
         panels: Sequence[type[Panel]] | None = None,
         state: AuditState | None = None,
+        *,
+        dictionary: Dictionary | str | PathLike[str] | None = None,
+        store: ActivationStore | Source | None = None,
     ) -> None:
         self.pair = pair
         self.state = AuditState() if state is None else state
+        if isinstance(dictionary, Dictionary):
+            self.state.use_dictionary(dictionary)
+        elif dictionary is not None:
+            self.state.use_dictionary(read(dictionary), str(dictionary))
+        if store is not None:
+            self.state.use_rows(store)
         self.jobs = JobRunner()
         self.pins: list[str] = []
         self._slot: Any = None
