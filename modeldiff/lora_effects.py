@@ -299,14 +299,14 @@ def general_or_narrow(general: pd.DataFrame, narrow: pd.DataFrame) -> pd.DataFra
 
 
 def general_or_narrow_probes(
-    general: pd.DataFrame, narrow: pd.DataFrame, *, alpha: float = 0.05
+    general: pd.DataFrame, narrow: pd.DataFrame, *, alarm_rate: float = 0.05
 ) -> pd.DataFrame:
     """The same by what scalars tell apart: two tables of `modeldiff.lora_scalars.scalar_auroc`.
 
     Args:
         general: Behaviour against none, on texts outside the narrow domain.
         narrow: The domain's texts against others, without the behaviour.
-        alpha: A component tells classes apart if its interval excludes 0.5 and its q, under
+        alarm_rate: A component tells classes apart if its interval excludes 0.5 and its q, under
             shuffled labels, is at most this.
 
     Raises:
@@ -314,7 +314,7 @@ def general_or_narrow_probes(
     """
 
     def shown(row: pd.Series) -> bool:
-        return bool((row["low"] - 0.5) * (row["high"] - 0.5) > 0 and row["q"] <= alpha)
+        return bool((row["low"] - 0.5) * (row["high"] - 0.5) > 0 and row["q"] <= alarm_rate)
 
     return _labelled(general, narrow, ["module", "component"], "auroc", shown)
 

@@ -38,6 +38,7 @@ LAYERS = (
     "cache report report_files report_compare report_figures report_plots report_html "
     "audit answer_contrasts audit_answers audit_findings audit_proof audit_stages",
     "bench bench.scores bench.meter bench.cases bench.ablation bench.methods bench.methods.audit "
+    "bench.methods.weight_change bench.methods.difference_sae "
     "bench.methods.base_contrast bench.methods.effects_scan bench.methods.layers_survey "
     "bench.methods.mean_difference bench.methods.model_directions bench.methods.output_diff "
     "bench.methods.pca_difference bench.nulls bench.table bench.run",

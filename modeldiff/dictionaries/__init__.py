@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from modeldiff.dictionaries.configs import TrainConfig as TrainConfig
     from modeldiff.dictionaries.examples import max_activating as max_activating
     from modeldiff.dictionaries.itda import build_itda as build_itda
+    from modeldiff.dictionaries.latents import bias_direction as bias_direction
     from modeldiff.dictionaries.latents import latent_direction as latent_direction
     from modeldiff.dictionaries.matching import match as match
     from modeldiff.dictionaries.metrics import evaluate as evaluate
@@ -33,7 +34,7 @@ _HOMES = {
     "configs": "DictionaryConfig Normaliser TrainConfig",
     "examples": "max_activating",
     "itda": "build_itda",
-    "latents": "latent_direction",
+    "latents": "bias_direction latent_direction",
     "matching": "match",
     "metrics": "evaluate",
     "models": "Dictionary crosscoder sae",

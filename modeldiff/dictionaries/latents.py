@@ -92,6 +92,50 @@ def _decoder(dictionary: Dictionary, latent: int, side: Which) -> Float[Tensor, 
     return next(both) - next(both)
 
 
+def bias_direction(dictionary: Dictionary, *, site: "Site | str | None" = None) -> Direction:
+    """What a dictionary adds to every token of the fine-tune and not of the base, as a direction.
+
+    A change that is the same on all tokens is in no latent: the normaliser's means and the
+    decoder's biases hold it. It is the difference of what the two sides decode where no latent
+    fires; for a dictionary of differences what that decodes to.
+
+    Args:
+        dictionary: A crosscoder of two models, or a dictionary of differences.
+        site: Where the activations were from; by default what the dictionary knows.
+
+    Raises:
+        DirectionError: If there is no such difference, or no site is known.
+        MismatchError: If the dictionary sees one side alone, or more than two models.
+
+    Example:
+        >>> import torch
+        >>> from modeldiff.dictionaries.models import crosscoder
+        >>> made = crosscoder(2, 8, k=1, site="resid_post.3")
+        >>> made.b_dec.data[1] = torch.tensor([3.0, 4.0])
+        >>> bias_direction(made)
+        Direction 'bias difference' @ resid_post.3 · |v|=5
+    """
+    c = dictionary.config
+    where = site or c.site
+    if not where:
+        raise DirectionError(
+            "this dictionary does not know where its activations are from: give site=, such as "
+            '"resid_post.12".'
+        )
+    if c.inputs != "difference" and c.n_models != 2:
+        raise MismatchError(
+            f"a dictionary with inputs={c.inputs!r} of {c.n_models} models has no difference of "
+            "base and fine-tune."
+        )
+    decoded = dictionary.normaliser.undo(dictionary.b_dec.detach()[None])[0].double()
+    change = decoded[0] if c.inputs == "difference" else decoded[1] - decoded[0]
+    return replace(
+        Direction.of(change, where, "bias difference", "bias of a dictionary"),
+        sign="from base to finetuned",
+        notes=("the part of the change that is the same on every token",),
+    )
+
+
 def _strength(latent: int, strength: float | Scaling) -> tuple[float, str]:
     if not isinstance(strength, Scaling):
         return float(strength), "the value asked for"

@@ -8,7 +8,12 @@ import modeldiff as md
 from modeldiff.behaviours import judge_answers
 from modeldiff.dictionaries.codes import Codes
 from modeldiff.dictionaries.configs import Normaliser
-from modeldiff.dictionaries.latents import latent_direction, latent_lens, top_tokens
+from modeldiff.dictionaries.latents import (
+    bias_direction,
+    latent_direction,
+    latent_lens,
+    top_tokens,
+)
 from modeldiff.dictionaries.models import crosscoder, sae
 from modeldiff.dictionaries.scaling import latent_scaling
 from modeldiff.dictionaries.sources import TensorRows
@@ -166,3 +171,24 @@ def test_on_the_organism_the_heaviest_latent_is_the_planted_direction(kind):
     assert exhibits["none"] > 0.6
     assert exhibits["ablated"] <= 0.2 * exhibits["none"]  # the base's own rate is 0
     assert exhibits["random"] > 0.8 * exhibits["none"]
+
+
+def test_a_change_that_is_the_same_everywhere_is_in_the_bias():
+    """In raw space, whatever the normaliser did with it; and one side alone has none."""
+    rng = torch.Generator().manual_seed(0)
+    base = torch.randn(400, 6, generator=rng)
+    shift = torch.tensor([3.0, 0, 0, 4.0, 0, 0])
+    rows = torch.stack([base, base + shift], 1)
+    made = crosscoder(6, 12, k=2, site="resid_post.1")
+    made.set_normaliser(Normaliser.fit(rows))
+    found = bias_direction(made)
+    torch.testing.assert_close(found.vector, shift, rtol=1e-4, atol=1e-4)
+    of_change = sae(6, 12, side="difference", k=1, site="resid_post.1")
+    of_change.b_dec.data[0] = shift
+    torch.testing.assert_close(bias_direction(of_change).vector, shift)
+    with pytest.raises(DirectionError):
+        bias_direction(crosscoder(6, 12, k=2, site="resid_post.1"))
+    with pytest.raises(MismatchError, match="inputs='base'"):
+        bias_direction(sae(6, 12, side="base", k=1, site="resid_post.1"))
+    with pytest.raises(DirectionError, match="site="):
+        bias_direction(crosscoder(6, 12, k=2))
