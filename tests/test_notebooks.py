@@ -1,6 +1,7 @@
 """Every notebook runs from top to bottom, and is stored without outputs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -49,4 +50,34 @@ def organisms(folder, shown):
     assert "kl_ft_base" in shown[-1]
 
 
-CHECKS = {"00_organisms": organisms, "01_first_diff": first_diff, "02_workbench": workbench}
+def crosscoder(folder, shown):
+    whole = "".join(shown)
+    assert re.search(r"shared\s+256", whole), "the adapter taught no new concept"
+    assert float(re.search(r"was planted: ([0-9.]+)", whole)[1]) > 0.95
+    assert re.search(r"ablated\s+\S+\s+0\.0", shown[-1])
+    assert (folder / "activations/em-rank1/manifest.json").exists()
+
+
+def lying_norms(folder, shown):
+    whole = "".join(shown)
+    assert "shrunk" in whole
+    assert "finetuned-only" in whole
+    assert "-only" not in shown[-1], "nothing is exclusive in the null pair"
+
+
+def anatomy(folder, shown):
+    whole = "".join(shown)
+    assert "No transition of what the adapter writes" in whole
+    assert "mlp_out.3" in whole
+    assert "largest relative change of a weight: 0.0" in shown[-1]
+    assert "largest effect of a patch: 0.0" in shown[-1]
+
+
+CHECKS = {
+    "00_organisms": organisms,
+    "01_first_diff": first_diff,
+    "02_workbench": workbench,
+    "03_crosscoder": crosscoder,
+    "04_when_decoder_norms_lie": lying_norms,
+    "05_anatomy_of_a_finetune": anatomy,
+}
