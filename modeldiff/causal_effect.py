@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modeldiff._progress import Progress, check, reporter
-from modeldiff._shapes import Bool, Float
+from modeldiff._shapes import Bool, Float, Int
 from modeldiff.activations import stream
 from modeldiff.architectures import module_at
 from modeldiff.batching import Batch
@@ -174,7 +174,7 @@ def _losses(
     after: int,
     max_tokens: int,
     cancel: Event | None,
-) -> tuple[Float[Tensor, "text case"], Float[Tensor, " text"]]:
+) -> tuple[Float[Tensor, "text case"], Int[Tensor, " text"]]:
     """Mean loss of each text: base, fine-tune, and the fine-tune set back along each unit."""
     parts: list[tuple[int, Tensor, int]] = []
     for batch in batched(sides, texts, max_tokens):
@@ -192,7 +192,7 @@ def _losses(
             parts.append((batch.order[row], every[mine].mean(0), int(mine.sum())))
     parts.sort(key=lambda each: each[0])
     if not parts:
-        return torch.zeros(0, 0), torch.zeros(0)
+        return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
     return torch.stack([each[1] for each in parts]), torch.tensor([each[2] for each in parts])
 
 
@@ -272,7 +272,7 @@ def _loss(
 def _summary(
     name: str,
     losses: Float[Tensor, "text case"],
-    counts: Float[Tensor, " text"],
+    counts: Int[Tensor, " text"],
     n_random: int,
     seed: int,
 ) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:

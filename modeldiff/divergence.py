@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modeldiff._shapes import Float, Int
 from modeldiff.architectures import SiteMap, module_at
 
-Unembed = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token vocab"]]
+Unembed = Callable[[Float[Tensor, "*token d_model"]], Float[Tensor, "*token vocab"]]
 _TEMPORARIES = 8  # [block, vocab] tensors alive at once in `compare`
 
 
@@ -24,7 +24,7 @@ def unembedding(root: nn.Module, site_map: SiteMap) -> Unembed:
     config = root.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     cap = getattr(config, "final_logit_softcapping", None)
 
-    def unembed(h: Float[Tensor, "token d_model"]) -> Float[Tensor, "token vocab"]:
+    def unembed(h: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token vocab"]:
         logits = head(h).float()
         return torch.tanh(logits / cap) * cap if cap else logits
 

@@ -60,7 +60,7 @@ def layer_attribution(
         MismatchError: If a direction has another width, or is of no layer.
 
     Source:
-        Venhoff et al. 2025 (arXiv 2506.18167, thinking models), with a metric whose value is defined.
+        Venhoff et al. 2025 (arXiv 2506.18167), with a metric whose value is defined.
     """
     texts, units = as_texts(sides, items), _units(sides, direction)
     if not texts or n_random < 19:

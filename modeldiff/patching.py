@@ -387,7 +387,7 @@ def _of_text(
     metric: Metric,
     chosen: tuple[Component, ...],
     last: int | None,
-    units: Sequence[Float[Tensor, "random width"]],
+    units: Sequence[Float[Tensor, "random _width"]],
     max_tokens: int,
 ) -> Float[Tensor, "component cell"]:
     """Effect of patching each component, and of each of its random controls, on one text."""

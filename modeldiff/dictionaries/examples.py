@@ -378,7 +378,7 @@ def text_keys(rows: Rows, text: Int[Tensor, " row"], first: int) -> Int[Tensor, 
     return torch.zeros(n, dtype=torch.int64).index_add_(0, text, mixed)
 
 
-def _scramble(x: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+def _scramble(x: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
     """A fixed pseudo-random function of 64-bit numbers; sums wrap around."""
     for shift in (31, 27, 33):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _PRIME + _MIX

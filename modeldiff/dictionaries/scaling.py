@@ -50,8 +50,8 @@ class Scaling:
     """
 
     beta_activation: Float[Tensor, "latent direction model"]
-    beta_reconstruction: Float[Tensor, "latent direction model"]
-    beta_error: Float[Tensor, "latent direction model"]
+    beta_reconstruction: Float[Tensor, "latent direction own"]
+    beta_error: Float[Tensor, "latent direction own"]
     n_active: Int[Tensor, " latent"]
     mean: Float[Tensor, " latent"]
     peak: Float[Tensor, " latent"]

@@ -7,6 +7,7 @@ count of words already shows needs no dictionary.
 
 from dataclasses import dataclass
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -202,7 +203,7 @@ def fisher(k_a: list[int], k_b: list[int], n_a: int, n_b: int) -> np.ndarray:
     """
     log_factorial = torch.arange(1, n_a + n_b + 2, dtype=torch.float64).lgamma().numpy()
 
-    def log_choose(n: int, k: np.ndarray) -> np.ndarray:
+    def log_choose(n: int, k: np.ndarray) -> Any:
         return log_factorial[n] - log_factorial[k] - log_factorial[n - k]
 
     first, total = np.asarray(k_a, dtype=int), np.asarray(k_a, dtype=int) + np.asarray(k_b)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from threading import Event
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class Trained:
     logs: tuple[TrainLog, ...]
 
 
+@runtime_checkable
 class Stepper(Protocol):
     """One optimizer step after the other, on a dictionary's own weights."""
 
