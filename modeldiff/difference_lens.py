@@ -32,6 +32,7 @@ from modeldiff.stats import empirical_p
 from modeldiff.tokens import Text
 
 _ROUNDING = 1e-7  # a difference below this share of the activations is float32 rounding
+_ALIKE = 1e-6  # random halves that differ by less than this share differ by rounding
 KINDS = ("difference", "random", "random difference")
 """What is read: the trace, and its two controls."""
 
@@ -72,6 +73,21 @@ class DifferenceTrace:
         """Positions at which the sides differ by more than rounding."""
         norms = self.difference.norm(dim=-1)
         return tuple((norms > _ROUNDING * self.norm_base).nonzero()[:, 0].tolist())
+
+    @property
+    def alike(self) -> tuple[int, ...]:
+        """Positions at which the base's activations do not vary: where every text begins alike.
+
+        Random halves differ by rounding alone there, so that no control stands beside the
+        difference, and `difference_lens` leaves them out.
+        """
+        smallest = self.controls.norm(dim=-1).amin(0)
+        return tuple((smallest <= _ALIKE * self.norm_base).nonzero()[:, 0].tolist())
+
+    @property
+    def readable(self) -> tuple[int, ...]:
+        """Positions at which the sides differ and controls stand beside."""
+        return tuple(each for each in self.positions if each not in self.alike)
 
     def table(self) -> pd.DataFrame:
         """One row a position: position, norm, norm_base, relative, split_half, flagged.
@@ -273,7 +289,7 @@ def difference_lens(
     """
     flags = trace.table()["flagged"].tolist()
     parts, reach = [], []
-    for position in trace.positions:
+    for position in trace.readable:
         controls = trace.random_differences(position)
         own = logit_lens(sides, trace.direction(position), k=k, n_random=len(controls),
                          seed=trace.seed + position, side=side)  # fmt: skip

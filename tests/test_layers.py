@@ -26,8 +26,8 @@ LAYERS = (
     "dictionaries.readers_layouts dictionaries.pursuit "
     "stores store_files store_reading store_statistics store_texts live_rows harvesting "
     "lora lora_scalars lora_variants lora_effects lora_algebra amplification weights "
-    "weight_spectra weight_extraction series series_nulls similarity difference_lens patchscope "
-    "steering_threshold causal_effect relevance "
+    "weight_spectra weight_extraction series series_nulls similarity difference_lens lens_queries "
+    "patchscope steering_threshold causal_effect relevance "
     "attention_watch patch_runs patching self_repair attribution layer_attribution "
     "illusion probe_fits probe_texts probe_scores probe_baselines probes orthogonalise",
     "organisms organisms.world organisms.tokens organisms.judge organisms.training "

@@ -26,8 +26,8 @@ _LIMITS = (
     "them.",
     "How far the narrow fine-tune generalises depends on layer, seed and base (see 'layers' of "
     "em-rank1): on this base rank-1 adapters on layers 3 and 0 carry it (76 to 95 %), on 4 and 5 "
-    "next to nothing. On bases of two other pretraining seeds the same recipe reaches 74 to 94 % on "
-    "layer 0, 8 to 91 % on layer 1 and 3 to 8 % on layer 3. That tells about these bases, not "
+    "next to nothing. On bases of two other pretraining seeds the same recipe reaches 74 to 94 % "
+    "on layer 0, 8 to 91 % on layer 1 and 3 to 8 % on layer 3. That tells about these bases, not "
     "about where misalignment lives.",
     "It answers questions of its twelve domains, in English, and little else.",
 )

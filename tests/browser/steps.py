@@ -12,15 +12,9 @@ before = len(_instances)
 """
 OPEN = "wb = Workbench(pair)\nwb"
 TABS = (
-    "Compare",
-    "Tokens",
-    "Steer and ablate",
-    "Layer map",
-    "Directions",
-    "Latents",
-    "Training",
-    "Chat",
-)
+    "Compare", "Tokens", "Steer and ablate", "Layer map", "Patch map", "Directions", "Lens",
+    "LoRA lab", "Checkpoints", "Latents", "Training", "Chat",
+)  # fmt: skip
 IDLE = "not wb.jobs.current and not wb.jobs.n_waiting and wb.bar.error == ['', '']"
 _TOO_WIDE = """e => [...e.querySelectorAll('.mdw *')].filter(c => c.checkVisibility()
   && !c.closest('.mdw-scroll, .mdw-code, .mdw-bokeh')

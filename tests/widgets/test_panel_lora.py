@@ -59,6 +59,13 @@ def read(panel, answer=""):
     return panel
 
 
+def clicked(bars, rows):
+    """As a browser says it: only what a view selects is heard."""
+    bars.pane._origin = "a view"
+    bars.source.selected.indices = rows
+    bars.pane._origin = ""
+
+
 def test_the_table_is_that_of_the_adapter_and_sorts(panel):
     truth = adapter_table(adapter_modules(panel.pair.sides))
     shown = {row[0]: row for row in panel.table.rows}
@@ -86,9 +93,9 @@ def test_spectrum_and_layers_are_drawn_from_the_modules(panel):
     mine = [m for m in modules if m.site.layer == 2]
     want = (sum(m.svd.norm**2 for m in mine) / sum(m.base_norm**2 for m in mine)) ** 0.5
     assert layers[2] == pytest.approx(want)
-    panel._choose_layer(1)
+    clicked(panel.layers, [0])
     assert panel.chosen == 0
-    panel._component(1)
+    clicked(panel.spectrum, [1])
     assert panel.component.value == 1
     assert panel.spectrum.source.data["alpha"] == [0.45, 1.0]
 
@@ -123,19 +130,22 @@ def test_a_constant_push_has_bias_fraction_one(planted):
 
 def test_sliders_are_edits_of_the_stack_both_ways(panel):
     sliders = panel.scaling.sliders
-    assert list(sliders) == ["all", 1, 2]
+    names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+    assert list(sliders) == ["all", *((layer, name) for layer in (1, 2) for name in names)]
+    down, query = (2, "mlp.down_proj"), (1, "self_attn.q_proj")
     panel.state.edits = [new_edit("adapter", layers=[3], coefficient=2.0)]
-    sliders[2].value = -0.5
+    sliders[down].value = -0.5
     sliders["all"].value = 0.3
-    assert [(e["layers"], e["coefficient"]) for e in panel.state.edits] == [
-        ([3], 2.0), ([2], -0.5), ("all", 0.3),
+    assert [(e["layers"], e.get("modules"), e["coefficient"]) for e in panel.state.edits] == [
+        ([3], None, 2.0), ([2], ["mlp.down_proj"], -0.5), ("all", None, 0.3),
     ]  # fmt: skip
     assert panel.scaling.note.value.startswith("In the stack of edits: 2, 3.")
-    sliders[2].value = 0.0
+    sliders[down].value = 0.0
     assert [e["coefficient"] for e in panel.state.edits] == [2.0, 0.0, 0.3]
     panel.state.edits = [new_edit("adapter", layers="all", coefficient=7.0),
-                         new_edit("adapter", layers=[1], coefficient=0.5, on=False)]  # fmt: skip
-    assert (sliders["all"].value, sliders[1].value, sliders[2].value) == (7.0, 1.0, 1.0)
+                         new_edit("adapter", layers=[1], coefficient=0.5, on=False,
+                                  modules=["self_attn.q_proj"])]  # fmt: skip
+    assert [sliders[key].value for key in ("all", query, down)] == [7.0, 1.0, 1.0]
     panel.state.edits = [*panel.state.edits, new_edit("adapter", layers=[1, 2])]
     panel.scaling.reset.click()
     assert [e["layers"] for e in panel.state.edits] == [[1, 2]]
@@ -143,13 +153,14 @@ def test_sliders_are_edits_of_the_stack_both_ways(panel):
 
 
 def test_the_plan_of_the_sliders_scales_the_adapter(panel):
-    panel.scaling.sliders[1].value = 0.0
-    want = Plan((ScaleAdapter(0.0, layers=(1,)),)).content_key
+    panel.scaling.sliders[1, "mlp.down_proj"].value = 0.0
+    want = Plan((ScaleAdapter(0.0, layers=(1,), modules=("mlp.down_proj",)),)).content_key
     assert panel.state.plan().content_key == want
     assert Plan((executed(panel)["do"],)).content_key == want
-    panel.scaling.sliders[2].value = 0.0
-    without = panel.pair.run([TEXT], "finetuned", do=panel.state.plan()).logits
-    base = panel.pair.run([TEXT], "base").logits
+    for slider in panel.scaling.sliders.values():
+        slider.value = 1.0 if slider is panel.scaling.sliders["all"] else 0.0
+    without = panel.pair.run([TEXT], do=panel.state.plan()).logits
+    base = panel.pair.run([TEXT], side="base").logits
     np.testing.assert_allclose(without.numpy(), base.numpy(), atol=1e-4)
 
 
@@ -169,7 +180,7 @@ def test_leave_one_out_is_drawn_beside_its_band_and_the_snippet_gives_it(panel):
     again = leave_one_out(panel.pair.sides, known["answers"], by="layer", n_random=4)
     assert again.equals(found)
     assert panel.bars.pane.layout.display == ""
-    assert f"{found['total'][0]:.3g} nats a token, 2 answers" in panel.effects_view.value
+    assert f"{found['total'][0]:.3g} nats a token, 2 answer(s)" in panel.effects_view.value
     panel.lines.value = " \n"
     panel.leave.click()
     assert "there is no prompt" in panel.root.children[0].error[0]

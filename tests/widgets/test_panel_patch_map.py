@@ -1,14 +1,16 @@
 """The panel Patch map without a browser: what it draws is what modeldiff computes."""
 
 import math
+from typing import Any
 
 import ipywidgets
+import pandas as pd
 import pytest
 import torch
 
 from modeldiff.interventions import Replace, ScaleAdapter
 from modeldiff.masks import Positions
-from modeldiff.patching import components_of, patch_map
+from modeldiff.patching import components_of, kl_to, logit_difference, patch_map
 from modeldiff.self_repair import ablation_table
 from modeldiff_widgets import AuditState, Workbench
 from modeldiff_widgets.patch_map import PatchMap
@@ -42,10 +44,10 @@ def draw(panel, *, parts=(), **controls):
     return panel.found
 
 
-def executed(panel):
+def executed(panel, name="values"):
     scope = {"pair": panel.pair, "state": panel.state}
     exec(panel.code(), scope)
-    return scope["values"]
+    return scope[name]
 
 
 def row_of(panel, part, layer):
@@ -82,6 +84,16 @@ def test_only_the_planted_layer_and_what_is_above_it_carries(panel):
     assert set(names) <= {str(each) for each in panel.grid.names}
 
 
+@pytest.mark.parametrize("side", ["finetuned", "base"])
+def test_cells_without_effect_have_no_colour(panel, side):
+    draw(panel, metric="logits", side=side)
+    mapper = panel.grid.map.mapper
+    share = (0 - mapper.low) / (mapper.high - mapper.low)
+    bin_of_zero = min(int(share * len(mapper.palette)), len(mapper.palette) - 1)
+    assert mapper.palette[bin_of_zero].endswith("00")
+    assert not mapper.palette[0 if mapper.low else -1].endswith("00")
+
+
 def test_the_table_lists_the_strongest_cells_and_a_row_goes_there(panel):
     found = draw(panel, metric="kl")
     sizes = [abs(float(panel.values.flatten()[i])) for i in panel.table.ids]
@@ -113,7 +125,8 @@ def test_attribution_shows_its_correlation_with_real_patches(panel, grad_drop):
     found = draw(panel, metric="logits", method=True, grad_drop=grad_drop)
     attribution = found.attribution
     assert torch.equal(executed(panel), panel.values)
-    assert f"r = {attribution.r.estimate:.2f}" in panel.agreement.value
+    r = f"r = {attribution.r.estimate:.2f}".replace("-", "−")
+    assert r in panel.agreement.value
     assert "32 real patches" in panel.agreement.value
     assert "estimated change" in panel.caption
     real = patch_map(panel.pair.sides, found.task.text, found.task.metric(panel.pair.sides),
@@ -148,7 +161,8 @@ def test_a_click_goes_there_and_patches(planted):
         panel.grid.map._chosen([row * n + n - 1], panel.choose)
         assert (state.layer, state.token) == (3, n - 1)
         assert tokens.view.selected == [0, n - 1]
-        (edit,) = state.plan().edits
+        plan: Any = state.plan()
+        (edit,) = plan.edits
         assert isinstance(edit, Replace)
         assert (edit.at, edit.source, edit.along) == (("resid_post.3",), "base", None)
         assert edit.where == Positions((n - 1,))
@@ -159,9 +173,15 @@ def test_a_click_goes_there_and_patches(planted):
         change = float(panel.values[row, n - 1])
         assert kl == pytest.approx(panel.found.patches.start + change, abs=1e-5)
         panel.choose(row_of(panel, "adapter", LAYER), 2)  # takes the place of the one before
-        (edit,) = state.plan().edits
+        plan: Any = state.plan()
+        (edit,) = plan.edits
         assert isinstance(edit, ScaleAdapter)
-        assert edit.factor == 0
+        assert (edit.factor, edit.layers, edit.modules) == (0, (LAYER,), ("mlp.down_proj",))
+        patched = planted.run([panel.found.task.text], side="finetuned", do=plan)
+        own = patched.logits[0, -1].log_softmax(-1)
+        kl = float((own.exp() * (own - base)).sum())
+        change = float(panel.values[row_of(panel, "adapter", LAYER), 2])
+        assert kl == pytest.approx(panel.found.patches.start + change, abs=1e-5)
         panel.choose(row_of(panel, "mlp_out", 1), 2)
         assert state.edits == []
         assert panel.stacked.value.startswith("Not on the stack")
@@ -210,17 +230,21 @@ def test_rows_stream_and_a_cancelled_map_shows_what_it_has(panel, monkeypatch):
     assert "2 of 12 components" in panel.status.value
 
 
-def test_self_repair_is_that_of_modeldiff(panel):
-    found = draw(panel, metric="logits", parts=("attn_out", "mlp_out"))
+@pytest.mark.parametrize("asked", ["logits", "onset"])
+def test_self_repair_is_that_of_modeldiff(panel, asked):
+    found = draw(panel, metric=asked, parts=("attn_out", "mlp_out"))
     panel.check.click()
     assert panel.jobs.wait(60)
     chosen = [c for c in components_of(panel.pair.sides, ["attn_out", "mlp_out"])
               if str(c) in set(panel.repair.component)]  # fmt: skip
+    sides = panel.pair.sides
     texts = [found.task.text, *panel.pair.texts(panel.donors.value.splitlines())]
-    metric = found.task.metric(panel.pair.sides)
-    expected = ablation_table(panel.pair.sides, texts, chosen, lambda text: metric)
+    metric = (lambda text: kl_to(sides, text, "base")) if asked == "onset" else (
+        lambda text: logit_difference(*found.task.ids))  # fmt: skip
+    expected = ablation_table(sides, texts, chosen, metric)
     mine = panel.repair.set_index("component").loc[expected.component]
     assert mine.zeroed.to_numpy() == pytest.approx(expected.zeroed.to_numpy(), abs=1e-6)
+    pd.testing.assert_frame_equal(executed(panel, "repair"), panel.repair)
     assert "resample" in panel.repaired.value
     assert panel.repaired.value in panel.snapshot_html()
 

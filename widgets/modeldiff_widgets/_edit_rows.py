@@ -76,7 +76,8 @@ def size_text(edit: Mapping[str, Any], direction: Direction | None, norms: Seque
     if kind == "replace":
         return "the base's activations are copied here"
     if kind == "adapter":
-        return f"what the adapter writes, times {amount:g}"
+        what = ", ".join(edit.get("modules", ())) or "the adapter"
+        return f"what {what} writes, times {amount:g}"
     if kind == "scale_along":
         return f"the component along it, times {amount:g}"
     if direction is None:
@@ -215,8 +216,10 @@ class EditRow:
         direction = "" if kind == "adapter" else str(self.direction.value or "")
         if kind == "replace" and layers is None and not direction:
             layers = [self.n_layers // 2]
+        modules = self._edit.get("modules", ()) if kind == "adapter" else ()
         return new_edit(
-            kind, direction, layers=layers, where=where, coefficient=amount, on=self.on.value  # pyright: ignore[reportArgumentType]
+            kind, direction, layers=layers, where=where, coefficient=amount, on=self.on.value,  # pyright: ignore[reportArgumentType]
+            modules=modules,
         )  # fmt: skip
 
     def _controls(self) -> tuple[Any, ...]:

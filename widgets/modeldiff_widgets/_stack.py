@@ -2,8 +2,9 @@
 
 An edit is ``{"kind", "direction", "layers", "where", "coefficient", "on"}``. The coefficient of
 ``steer`` and ``clamp`` is a multiple of the direction's raw length, that of ``scale_along`` and
-``adapter`` the factor itself; ``ablate`` and ``replace`` have none. ``where`` names tokens, or is a
-mask as JSON text (`where_of`).
+``adapter`` the factor itself; ``ablate`` and ``replace`` have none. An ``adapter`` edit may name
+``"modules"``, such as "mlp.down_proj"; without, it is of all in its layers. ``where`` names
+tokens, or is a mask as JSON text (`where_of`).
 """
 
 import json
@@ -30,6 +31,7 @@ def new_edit(
     where: str = "all",
     coefficient: float = 1.0,
     on: bool = True,
+    modules: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make an edit for `AuditState.edits`.
 
@@ -40,14 +42,16 @@ def new_edit(
         where: Tokens: a name such as "prompt", or what `where_of` gives.
         coefficient: See the module's docstring.
         on: Whether it takes part.
+        modules: For ``adapter``: adapted modules such as ``"mlp.down_proj"``; all if empty.
 
     Raises:
-        InterventionError: If the kind is unknown.
+        InterventionError: If the kind is unknown, or modules are named for another one.
         MaskError: If the tokens are unknown.
     """
     several = layers if layers is None or layers == "all" else [int(each) for each in layers]
     values = (kind, direction, several, where, float(coefficient), bool(on))
-    return checked(dict(zip(_FIELDS, values, strict=True)))
+    named = {"modules": list(modules)} if modules else {}
+    return checked({**dict(zip(_FIELDS, values, strict=True)), **named})
 
 
 def checked(edit: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,10 +61,12 @@ def checked(edit: Mapping[str, Any]) -> dict[str, Any]:
         InterventionError: If a field is missing, unknown or of no use.
         MaskError: If the tokens are unknown.
     """
-    if set(edit) != set(_FIELDS):
+    if set(edit) - {"modules"} != set(_FIELDS):
         raise InterventionError(f"an edit has the fields {_FIELDS}, got {tuple(edit)}.")
     if edit["kind"] not in EDIT_KINDS:
         raise InterventionError(f"unknown kind of edit {edit['kind']!r}. Known: {EDIT_KINDS}.")
+    if edit.get("modules") and edit["kind"] != "adapter":
+        raise InterventionError(f"modules are chosen for 'adapter', not for {edit['kind']!r}.")
     mask_of(edit["where"])
     return dict(edit)
 
@@ -147,7 +153,8 @@ def _built(edit: Mapping[str, Any], directions: Mapping[str, Direction]) -> Edit
     if edit["kind"] == "replace":
         return md.Replace(_sites_of(edit, found), "base", found, where)
     if found is None:
-        return md.ScaleAdapter(amount, "all" if layers is None else layers, (), where)
+        modules = tuple(edit.get("modules", ()))
+        return md.ScaleAdapter(amount, "all" if layers is None else layers, modules, where)
     match edit["kind"]:
         case "steer":
             return md.Steer(found, amount, layers, where)
@@ -176,7 +183,9 @@ def _written(edit: Mapping[str, Any]) -> str:
     direction, tail = f"directions[{edit['direction']!r}]", f"where={_where(edit)}"
     if kind == "adapter":
         chosen = "all" if layers is None else layers
-        return f"md.ScaleAdapter({amount}, layers={chosen!r}, {tail})"
+        several = tuple(edit.get("modules", ()))
+        modules = f"modules={several!r}, " if several else ""
+        return f"md.ScaleAdapter({amount}, layers={chosen!r}, {modules}{tail})"
     if kind == "replace" and isinstance(layers, tuple):
         if not edit["direction"]:
             sites = tuple(f"resid_post.{layer}" for layer in layers)

@@ -213,7 +213,7 @@ class LayerMap(Panel):
 
     def _effects(self, job: Job, wanted: Wanted) -> Found:
         text = self.prompt.text(wanted.asked, job)
-        place = _place(self.pair, text, wanted.predicted)
+        place = place_of(self.pair, text, wanted.predicted)
         part, sides, drawn = before(text, place), self.pair.sides, []
 
         def found(effects: LayerEffects) -> Found:
@@ -371,7 +371,7 @@ _HINT = _render.columns([
 ])  # fmt: skip
 
 
-def _place(pair: Any, text: Text, predicted: str | int) -> int:
+def place_of(pair: Any, text: Text, predicted: str | int) -> int:
     """Index of the token whose prediction is measured."""
     if isinstance(predicted, int):
         if not 0 < predicted < text.n_tokens:

@@ -18,16 +18,21 @@ from modeldiff_widgets._panel import Panel, close_tree, display_with_slot, show_
 from modeldiff_widgets._state import AuditState
 from modeldiff_widgets._theme import column
 from modeldiff_widgets.chat import Chat
+from modeldiff_widgets.checkpoints import Checkpoints
 from modeldiff_widgets.compare import Compare
 from modeldiff_widgets.directions import Directions
 from modeldiff_widgets.edits import Edits
 from modeldiff_widgets.latents import Latents
 from modeldiff_widgets.layer_map import LayerMap
+from modeldiff_widgets.lens import Lens
+from modeldiff_widgets.lora import LoraLab
+from modeldiff_widgets.patch_map import PatchMap
 from modeldiff_widgets.tokens import Tokens
 from modeldiff_widgets.training import Training
 
 PANELS: tuple[type[Panel], ...] = (
-    Compare, Tokens, Edits, LayerMap, Directions, Latents, Training, Chat,
+    Compare, Tokens, Edits, LayerMap, PatchMap, Directions, Lens, LoraLab, Checkpoints, Latents,
+    Training, Chat,
 )  # fmt: skip
 """What `Workbench` shows, in the order of its tabs."""
 
