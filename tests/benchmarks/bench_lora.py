@@ -199,11 +199,12 @@ def seven_b():
     with tempfile.TemporaryDirectory() as made:
         for seed, name in enumerate("ab"):
             generator = torch.Generator().manual_seed(seed)
-            tensors = {n: torch.empty(s, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-                       for n, s in shapes.items()}  # fmt: skip
             (Path(made) / name).mkdir()
-            save_file(tensors, Path(made) / name / "model.safetensors")
-        del tensors
+            save_file(
+                {n: torch.empty(s, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+                 for n, s in shapes.items()},
+                Path(made) / name / "model.safetensors",
+            )  # fmt: skip
         report_peak(lambda: weight_diff(Path(made) / "a", Path(made) / "b"))
 
 

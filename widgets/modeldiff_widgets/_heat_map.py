@@ -146,7 +146,8 @@ class HeatMap:
         plot = self.pane.figure
         n, m = len(self.rows), len(self.columns)
         every = max(1, math.ceil(m / _MOST_LABELS))
-        plot.x_range.bounds = plot.y_range.bounds = None  # the browser clips new ends to old bounds
+        for each in (plot.x_range, plot.y_range):  # pyright: ignore
+            each.bounds = None  # the browser clips new ends to old bounds
         plot.x_range.update(start=-0.5, end=m - 0.5, bounds=(-0.5, m - 0.5))  # pyright: ignore
         plot.y_range.update(start=-0.5, end=n - 0.5, bounds=(-0.5, n - 0.5))  # pyright: ignore
         plot.height = min(760, 170 + max(16, min(34, 640 // max(n, 1))) * n)  # pyright: ignore
