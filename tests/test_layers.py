@@ -34,7 +34,7 @@ LAYERS = (
     "organisms.finetuning organisms.variants organisms.evaluation organisms.manifests "
     "organisms.spurious organisms.topic organisms.checkpoints organisms.steps organisms.backtrack "
     "organisms.planted organisms.nulls organisms.build",
-    "behaviours organism_judges dose",
+    "behaviours organism_judges dose transfer",
     "cache report report_files report_compare report_figures report_plots report_html "
     "audit answer_contrasts audit_answers audit_findings audit_proof audit_stages",
     "bench bench.scores bench.meter bench.cases bench.ablation bench.methods bench.methods.audit "
