@@ -170,7 +170,7 @@ def test_in_the_workbench_a_latent_goes_from_panel_to_panel(notebook, shots):
     book.until("wb.panels['Latents'].found.examples is not None and wb.jobs.wait(30)", seconds=60)
     out.locator(".mdw-bokeh:visible canvas").first.wait_for()
     go_to(out, "Latents")
-    out.locator(".mdw-rows tbody tr").nth(40).click()
+    out.locator(".mdw-rows:visible tbody tr").nth(40).click()
     book.until("state.latent == wb.panels['Latents'].list.ids[40]")
     press(out, "Steer with it")
     book.until("[e['kind'] for e in state.edits] == ['steer'] and wb.jobs.wait(30)")
