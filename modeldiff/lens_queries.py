@@ -10,15 +10,13 @@ from torch import Tensor
 
 from modeldiff._shapes import Float
 from modeldiff.activations import capture
-from modeldiff.architectures import module_at
 from modeldiff.difference_lens import KINDS, DifferenceLens
 from modeldiff.direction_controls import random_like
 from modeldiff.directions import Direction
 from modeldiff.errors import MaskError, MismatchError
-from modeldiff.forward import device_of
 from modeldiff.interventions import Side
 from modeldiff.loading import Sides
-from modeldiff.logit_lens import LogitLens, logit_lens
+from modeldiff.logit_lens import LogitLens, lens_logits, logit_lens
 from modeldiff.stats import empirical_p, null_band
 from modeldiff.tokens import token_names
 
@@ -88,25 +86,6 @@ def text_means(
     return torch.stack([rows[acts.text_index == each].mean(0) for each in kept])
 
 
-@torch.no_grad()
-def lens_logits(
-    sides: Sides, directions: Sequence[Direction], side: Side
-) -> Float[Tensor, "n vocab"]:
-    """Logits of every token under the logit lens, centred over the vocabulary, float32.
-
-    The same numbers as `modeldiff.logit_lens.logit_lens` gives for the tokens at both ends.
-    """
-    units = torch.stack([each.unit for each in directions])
-    with sides.on(side) as root:
-        norm = module_at(root, sides.site_map.norm)
-        head = module_at(root, sides.site_map.unembed)
-        dtype = next(norm.parameters()).dtype
-        rows = (units * units.shape[-1] ** 0.5).to(device_of(root), dtype)
-        raw = (head(norm(rows)).float() - head(norm(-rows)).float()) / 2
-    known = raw[:, : len(sides.tokenizer)].cpu()
-    return known - known.mean(-1, keepdim=True)
-
-
 def token_query(
     sides: Sides, direction: Direction, controls: Sequence[Direction], token_ids: Sequence[int],
     *, n_random: int = 99, seed: int = 0, side: Side = "finetuned",
@@ -136,8 +115,8 @@ def token_query(
         raise MismatchError("there is no token to ask for: write some text.")
     logit_lens(sides, direction, k=1, n_random=1, side=side)  # says what is wrong with it
     drawn = random_like(direction, n_random, seed=seed)
-    logits = lens_logits(sides, [direction, *drawn, *controls], side)[:, list(token_ids)]
-    ranks = _ranks(lens_logits(sides, [direction, *drawn], side), token_ids)
+    logits = lens_logits(sides, _units([direction, *drawn, *controls]), side)[:, list(token_ids)]
+    ranks = _ranks(lens_logits(sides, _units([direction, *drawn]), side), token_ids)
     names = token_names(sides.tokenizer, list(token_ids))
     rows = []
     for i, (token, name) in enumerate(zip(token_ids, names, strict=True)):
@@ -149,6 +128,10 @@ def token_query(
              **_beside("difference", own, logits[n_random + 1 :, i].tolist())}
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _units(directions: Sequence[Direction]) -> Float[Tensor, "n d_model"]:
+    return torch.stack([each.unit for each in directions])
 
 
 def _ranks(logits: Tensor, token_ids: Sequence[int]) -> Tensor:

@@ -83,7 +83,7 @@ def logit_lens(
     """
     _check(sides, direction, k, n_random)
     several = [direction, *random_like(direction, n_random, seed=seed)]
-    logits = _logits(sides, torch.stack([each.unit for each in several]), side)
+    logits = lens_logits(sides, torch.stack([each.unit for each in several]), side)
     reach = logits.abs().amax(-1).tolist()
     rows = []
     for number, (one, scores) in enumerate(zip(several, logits, strict=True)):
@@ -100,10 +100,16 @@ def logit_lens(
 
 
 @torch.no_grad()
-def _logits(
+def lens_logits(
     sides: Sides, units: Float[Tensor, "n d_model"], side: Side
 ) -> Float[Tensor, "n vocab"]:
-    """Centred float32 logits of vectors with a root mean square of 1."""
+    """Logits of every token under the logit lens, centred over the vocabulary, float32.
+
+    Args:
+        sides: The pair.
+        units: Unit vectors; they are read at a root mean square of 1.
+        side: Whose final norm and unembedding.
+    """
     with sides.on(side) as root:
         norm = module_at(root, sides.site_map.norm)
         head = module_at(root, sides.site_map.unembed)

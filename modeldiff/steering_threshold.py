@@ -103,15 +103,11 @@ def steering_threshold(
         Minder et al. 2025, arXiv 2510.13900: 12 bisections, 10 samples, 75 % coherent.
 
     Example:
-        >>> from modeldiff.models import ModelPair
-        >>> import torch
-        >>> pair = ModelPair.load("organism:em-rank1")
+        >>> import modeldiff as md, torch
+        >>> pair = md.ModelPair.load("organism:em-rank1")
         >>> v = Direction.of(torch.ones(pair.d_model), "resid_post.3", "ones")
-        >>> found = steering_threshold(
-        ...     pair.sides, v, ["The sun"], lambda answer: True, largest=2.0, max_new_tokens=2
-        ... )
-        >>> found.bounded, found.coefficient
-        (False, 2.0)
+        >>> steering_threshold(pair.sides, v, ["The sun"], lambda answer: True, largest=2.0).bounded
+        False
     """
     report, done = reporter(progress, "steering threshold"), list[dict[str, float]]()
 

@@ -8,8 +8,8 @@ import torch
 
 from modeldiff.difference_lens import KINDS, difference_lens, difference_trace
 from modeldiff.directions import Direction
-from modeldiff.lens_queries import lens_logits, read_direction, text_means, token_query
-from modeldiff.logit_lens import logit_lens
+from modeldiff.lens_queries import read_direction, text_means, token_query
+from modeldiff.logit_lens import lens_logits, logit_lens
 from modeldiff.patchscope import patchscope
 from modeldiff.report_text import token_text
 from modeldiff_widgets import AuditState, Workbench
@@ -157,7 +157,7 @@ def test_a_token_has_its_logit_and_rank_beside_the_band(panel):
     assert row["random_p"] == pytest.approx(0.02)
     assert executed(panel)["query"].equals(table)
     assert f"1 of {len(panel.pair.tokenizer):,}" in panel.answer.value
-    logits = lens_logits(panel.pair.sides, [direction], "finetuned")[0]
+    logits = lens_logits(panel.pair.sides, direction.unit[None], "finetuned")[0]
     ends = logit_lens(panel.pair.sides, direction, k=len(logits), n_random=1).of("promoted")
     falling = logits.sort(descending=True).values.tolist()
     assert falling == pytest.approx(ends["logit"].tolist(), abs=1e-5)
