@@ -14,7 +14,7 @@ LAYERS = (
     "direction_controls interventions",
     "architectures tokens batching editing hooks prefill tracing loading embedded embedded_card",
     "forward activations generation divergence outputs edit_effects survey logit_lens token_scores "
-    "layer_maps remote_sides",
+    "layer_maps remote_sides remote_jobs remote_runs remote_errors batch_size",
     "models",
     "dictionaries dictionaries.configs dictionaries.codes dictionaries.sources "
     "dictionaries.kernels dictionaries.triton_kernels dictionaries.models dictionaries.files "
@@ -29,14 +29,20 @@ LAYERS = (
     "weight_spectra weight_extraction series series_nulls similarity difference_lens lens_queries "
     "patchscope steering_threshold causal_effect relevance "
     "attention_watch patch_runs patching self_repair attribution layer_attribution "
-    "illusion probe_fits probe_texts probe_scores probe_baselines probes orthogonalise",
+    "illusion probe_fits probe_texts probe_scores probe_baselines probes orthogonalise "
+    "caft caft_modes caft_monitor",
     "organisms organisms.world organisms.tokens organisms.judge organisms.training "
     "organisms.finetuning organisms.variants organisms.evaluation organisms.manifests "
     "organisms.spurious organisms.topic organisms.checkpoints organisms.steps organisms.backtrack "
     "organisms.planted organisms.nulls organisms.build",
-    "behaviours organism_judges dose transfer",
+    "behaviours organism_judges dose transfer judges judge_rates agreement questions score_prompts "
+    "scorers local_judge api_judge ngram_judge sft sft_plans sft_rows sft_trl caft_candidates "
+    "caft_reading caft_controls caft_runs caft_results backtracking backtracking_scan thinking "
+    "thinking_spans thinking_layers",
     "cache report report_files report_compare report_figures report_plots report_html "
     "audit answer_contrasts audit_answers audit_findings audit_proof audit_stages",
+    "inspect_bridge inspect_compare distributed distributed_training cluster cluster_harvest "
+    "cluster_train recipes recipe_files recipe_runs",
     "bench bench.scores bench.meter bench.cases bench.ablation bench.methods bench.methods.audit "
     "bench.methods.weight_change bench.methods.difference_sae "
     "bench.methods.base_contrast bench.methods.effects_scan bench.methods.layers_survey "
