@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import isnan, log, nan
+from threading import Event
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from modeldiff._progress import Progress, tracked
 from modeldiff._shapes import Float
 from modeldiff.batching import make_batch, padding_id
 from modeldiff.direction_controls import random_like
@@ -85,6 +87,8 @@ def patchscope(
     seed: int = 0,
     side: Side = "finetuned",
     max_rows: int = 256,
+    progress: Progress = False,
+    cancel: Event | None = None,
 ) -> Patchscope:
     """Read a direction by overwriting the last token of identity prompts after its layer.
 
@@ -106,8 +110,11 @@ def patchscope(
         seed: Of the random directions.
         side: Which model reads it.
         max_rows: Rows of a batch.
+        progress: Where to report, prompt by prompt.
+        cancel: Event that stops between prompts.
 
     Raises:
+        Cancelled: If the event is set; there is nothing to read before the last prompt.
         DirectionError: If the site is not in the residual stream, or prompts, scales or random
             directions are too few.
         MismatchError: If the direction has another width.
@@ -133,7 +140,8 @@ def patchscope(
     units = torch.stack([each.unit for each in several])
     ordered = sorted(set(map(float, scales)))
     vectors = torch.cat([units * scale * norm for scale in ordered])
-    found = torch.stack([_read(sides, text, direction, vectors, side, max_rows) for text in texts])
+    asked = tracked(texts, progress, cancel, "patchscope")
+    found = torch.stack([_read(sides, text, direction, vectors, side, max_rows) for text in asked])
     logprobs = found.unflatten(1, (len(ordered), len(several)))  # prompt, scale, vector, token
     table, p_random, p_control = _scores(logprobs, ordered, n_random)
     best = int(table["excess"].round(4).to_numpy().argmax())

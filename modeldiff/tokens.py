@@ -104,6 +104,19 @@ class Completion:
     prompt: str
     response: str
 
+    def __post_init__(self) -> None:
+        """Refuse what is no text.
+
+        Raises:
+            MaskError: If it is a list of messages, say.
+        """
+        for name, value in (("prompt", self.prompt), ("response", self.response)):
+            if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise MaskError(
+                    f"the {name} of a Completion is a {type(value).__name__}; it must be a text. "
+                    "For messages use Chat(messages, response)."
+                )
+
 
 Item = str | Chat | Completion | Messages | Text
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import random
+from threading import Event
 
 import pytest
 import torch
 
 from modeldiff.difference_lens import random_differences
 from modeldiff.directions import Direction
-from modeldiff.errors import DirectionError, MismatchError, RemoteError
+from modeldiff.errors import Cancelled, DirectionError, MismatchError, RemoteError
 from modeldiff.organisms import world
 from modeldiff.organisms.nulls import null_pairs
 from modeldiff.patchscope import PROMPTS, SCALES, patchscope
@@ -134,6 +135,20 @@ def test_batches_do_not_matter(planted):
             for n in (256, 4)]  # fmt: skip
     same = [each.drop(columns=["control_score", "control_high"]).to_numpy() for each in both]
     assert same[0] == pytest.approx(same[1], abs=1e-5)
+
+
+def test_it_reports_every_prompt_and_stops_between_them(planted):
+    pair, direction = planted
+    seen, stop = [], Event()
+
+    def report(done, total, message):
+        seen.append((done, total))
+        if done == 2:
+            stop.set()
+
+    with pytest.raises(Cancelled):
+        patchscope(pair.sides, direction, n_random=1, progress=report, cancel=stop)
+    assert seen == [(1, len(PROMPTS)), (2, len(PROMPTS))]
 
 
 def test_what_cannot_be_read_is_refused(planted):

@@ -163,6 +163,11 @@ def test_a_completion_knows_its_response():
     assert render(WORDS, Completion("a", " b"), add_generation_prompt=True).text == "a"
 
 
+def test_a_completion_of_messages_is_refused():
+    with pytest.raises(MaskError, match=r"prompt of a Completion is a list.*Chat"):
+        Completion([{"role": "user", "content": "a"}], "b")  # pyright: ignore[reportArgumentType]
+
+
 def test_keys_tell_responses_apart_and_a_text_is_rendered_already():
     whole = render(WORDS, "the cat")
     part = render(WORDS, Completion("the", " cat"))
