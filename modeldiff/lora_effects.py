@@ -10,10 +10,10 @@ import pandas as pd
 
 from modeldiff._progress import Progress
 from modeldiff.errors import JudgeError, MismatchError
-from modeldiff.generation import generate
+from modeldiff.generation import Answer, Generations, generate
 from modeldiff.interventions import Cell, Plan, ScaleAdapter
 from modeldiff.loading import Sides
-from modeldiff.lora_variants import Variant, variant_kl
+from modeldiff.lora_variants import Variant, variant_kl, with_random_writes
 from modeldiff.masks import Mask
 from modeldiff.sites import Site
 from modeldiff.stats import bootstrap_mean, empirical_p, null_band, paired_bootstrap
@@ -212,6 +212,7 @@ def leave_one_out_rates(
     *,
     by: Units = "module",
     n: int = 1,
+    n_random: int = 0,
     temperature: float = 1.0,
     max_new_tokens: int = 64,
     max_rows: int = 256,
@@ -222,7 +223,8 @@ def leave_one_out_rates(
 ) -> pd.DataFrame:
     """Rate of a behaviour with the full adapter, without each unit, and without the adapter.
 
-    All cells share their noise, so the change is measured answer by answer.
+    All cells share their noise, so the change is measured answer by answer. The control adds to
+    the full adapter a random write of the size of the unit's own, gated as it is.
 
     Args:
         sides: The pair.
@@ -231,17 +233,20 @@ def leave_one_out_rates(
             behaviour b.
         by: Units, see `Units`.
         n: Samples a prompt.
+        n_random: Random writes a unit, each as dear as the unit.
         temperature: At which answers are sampled.
         max_new_tokens: Where answers are cut.
         max_rows: Rows of a batch.
-        seed: Of the shared noise and the resampling.
+        seed: Of the shared noise, the random writes and the resampling.
         level: Of the intervals; they resample prompts.
         progress: Where to report.
         cancel: Event that stops at the next token.
 
     Returns:
         One row a unit and one "whole adapter": unit, n_modules, rate_full, rate_without, change
-        (without minus full), low, high, n (answers judged in both), n_unscored.
+        (without minus full), low, high, n (answers judged in both), n_unscored; with ``n_random``
+        also random_low and random_high (extreme changes by random writes) and p (share of these
+        and of the change itself that are as large).
 
     Raises:
         JudgeError: If the judge could score nothing of a cell.
@@ -250,34 +255,64 @@ def leave_one_out_rates(
     units = {**units_of(sides, by), "whole adapter": tuple(range(len(sides.lora)))}
     plans = {name: without_unit(sides, indices) for name, indices in units.items()}
     cells = [Cell("finetuned"), *(Cell("finetuned", name, plan) for name, plan in plans.items())]
-    made = generate(
-        sides, prompts, cells=cells, n=n, seed=seed, temperature=temperature,
-        max_new_tokens=max_new_tokens, max_rows=max_rows, progress=progress, cancel=cancel,
-    )  # fmt: skip
+
+    def answered(*asked: Cell) -> Generations:
+        return generate(
+            sides, prompts, cells=asked, n=n, seed=seed, temperature=temperature,
+            max_new_tokens=max_new_tokens, max_rows=max_rows, progress=progress, cancel=cancel,
+        )  # fmt: skip
+
+    made = answered(*cells)
     full = [(a.prompt, judge(a.prompt, a.text)) for a in made.of("finetuned")]
+
+    def change_of(answers: Sequence[Answer], name: str) -> dict[str, float | int]:
+        return _change(full, [judge(a.prompt, a.text) for a in answers], name, seed, level)
+
     rows = []
     for name, indices in units.items():
-        without = [judge(a.prompt, a.text) for a in made.of("finetuned", name)]
-        both = [(p, a, b) for (p, a), b in zip(full, without, strict=True)
-                if a is not None and b is not None]  # fmt: skip
-        if not both:
-            raise JudgeError(f"of {len(full)} answers without {name!r} none could be judged.")
-        prompt, before, after = (list(each) for each in zip(*both, strict=True))
-        change = paired_bootstrap(before, after, clusters=prompt, seed=seed, level=level)
-        rows.append(
-            {
-                "unit": name,
-                "n_modules": len(indices),
-                "rate_full": float(np.mean(before)),
-                "rate_without": float(np.mean(after)),
-                "change": change.estimate,
-                "low": change.low,
-                "high": change.high,
-                "n": len(both),
-                "n_unscored": len(full) - len(both),
-            }
-        )
+        row = change_of(made.of("finetuned", name), name)
+        drawn = []
+        for draw in range(n_random):
+            with with_random_writes(sides, indices, seed, draw):
+                control = answered(Cell("finetuned"))
+            drawn.append(change_of(control.of("finetuned"), f"{name} (random)")["change"])
+        rows.append({"unit": name, "n_modules": len(indices), **row, **_drawn(row, drawn)})
     return pd.DataFrame(rows)
+
+
+def _change(
+    full: Sequence[tuple[int, bool | None]],
+    without: Sequence[bool | None],
+    name: str,
+    seed: int,
+    level: float,
+) -> dict[str, float | int]:
+    """Change of a rate, answer by answer, over those that could be judged in both."""
+    both = [
+        (prompt, before, after)
+        for (prompt, before), after in zip(full, without, strict=True)
+        if before is not None and after is not None
+    ]
+    if not both:
+        raise JudgeError(f"of {len(full)} answers without {name!r} none could be judged.")
+    prompt, before, after = (list(each) for each in zip(*both, strict=True))
+    change = paired_bootstrap(before, after, clusters=prompt, seed=seed, level=level)
+    return {
+        "rate_full": float(np.mean(before)),
+        "rate_without": float(np.mean(after)),
+        "change": change.estimate,
+        "low": change.low,
+        "high": change.high,
+        "n": len(both),
+        "n_unscored": len(full) - len(both),
+    }
+
+
+def _drawn(row: dict[str, float | int], drawn: Sequence[float]) -> dict[str, float]:
+    if not drawn:
+        return {}
+    p = empirical_p(abs(row["change"]), [abs(each) for each in drawn], tail="upper")
+    return {"random_low": min(drawn), "random_high": max(drawn), "p": p}
 
 
 def general_or_narrow(general: pd.DataFrame, narrow: pd.DataFrame) -> pd.DataFrame:

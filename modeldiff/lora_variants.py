@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from modeldiff._files import digest
 from modeldiff._progress import Progress, check, reporter
+from modeldiff._shapes import Float
 from modeldiff.architectures import module_at
 from modeldiff.batching import Batch, mask_tensor
 from modeldiff.divergence import block_size, blocks, unembedding
@@ -220,16 +221,60 @@ class _Sweep:
     ) -> dict[int, Tensor]:
         """Random matrices with the singular values and read directions of B, by variant."""
         wanted = {k: v for k, v in enumerate(variants) if v.random and v.random[index]}
-        if not wanted:
-            return {}
-        triangle = torch.linalg.qr(b.detach().cpu().double()).R
-        found: dict[int, Tensor] = {}
-        for k, variant in wanted.items():
-            key = int(digest(self.seed, index, variant.draw), 16) % 2**63
-            generator = torch.Generator().manual_seed(key)
-            draw = torch.randn(b.shape, generator=generator, dtype=torch.float64)
-            found[k] = (variant.random[index] * torch.linalg.qr(draw).Q @ triangle).to(b)
-        return found
+        return {
+            k: variant.random[index] * random_write(b, self.seed, index, variant.draw)
+            for k, variant in wanted.items()
+        }
+
+
+def random_write(
+    b: Float[Tensor, "d_out r"], seed: int, index: int, draw: int
+) -> Float[Tensor, "d_out r"]:
+    """Draw a matrix with the singular values and read directions of B, writing elsewhere.
+
+    Args:
+        b: An adapter's B.
+        seed: Of all draws.
+        index: Of the module among the adapter's.
+        draw: Which of the module's.
+
+    Example:
+        >>> b = torch.tensor([[3.0], [4.0], [0.0]])
+        >>> round(float(random_write(b, 0, 0, 0).norm()), 4)
+        5.0
+    """
+    triangle = torch.linalg.qr(b.detach().cpu().double()).R
+    generator = torch.Generator().manual_seed(int(digest(seed, index, draw), 16) % 2**63)
+    drawn = torch.randn(b.shape, generator=generator, dtype=torch.float64)
+    return (torch.linalg.qr(drawn).Q @ triangle).to(b)
+
+
+@contextmanager
+def with_random_writes(
+    sides: Sides, modules: Sequence[int], seed: int, draw: int
+) -> Iterator[None]:
+    """Add to what some modules of the adapter write a random write of the same size.
+
+    Args:
+        sides: The pair, with an adapter.
+        modules: Indices into ``sides.lora``.
+        seed: Of all draws.
+        draw: Which.
+    """
+    with ExitStack() as stack:
+        root = stack.enter_context(sides.on("finetuned"))
+        for index in modules:
+            site = sides.lora[index]
+            path = f"{sides.site_map.layer(site.layer)}.{site.module}.lora_B.{sides.adapter}"
+            module: Any = module_at(root, path)
+            write = random_write(module.weight, seed, index, draw)
+            handle = module.register_forward_hook(_adding(write))
+            stack.callback(handle.remove)
+        yield
+
+
+def _adding(write: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    return lambda module, args, output: output + args[0] @ write.T
 
 
 def _scaling(

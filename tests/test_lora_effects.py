@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from modeldiff.architectures import module_at
 from modeldiff.directions import Direction
 from modeldiff.edit_effects import effects
 from modeldiff.errors import InterventionError, JudgeError, MaskError, MismatchError
@@ -22,7 +23,7 @@ from modeldiff.lora_effects import (
     without_unit,
 )
 from modeldiff.lora_scalars import lora_scalars, scalar_auroc
-from modeldiff.lora_variants import Variant, variant_kl
+from modeldiff.lora_variants import Variant, random_write, variant_kl, with_random_writes
 from modeldiff.models import ModelPair
 from tests.families import build_adapter_pair, peft_model, tokenizer
 
@@ -162,16 +163,39 @@ def test_rates_fall_where_the_planted_word_was_written():
     word: Any = tokenizer().convert_ids_to_tokens(40)
     found: Any = leave_one_out_rates(
         pair.sides, [CHATS[i][:1] for i in range(3)], lambda i, a: word.replace("Ġ", "") in a,
-        n=4, max_new_tokens=4,
+        n=4, n_random=3, max_new_tokens=4,
     ).set_index("unit")  # fmt: skip
     strong = found.loc["2.mlp.down_proj"]
     assert strong["rate_full"] > 0.7
     assert strong["rate_without"] < 0.3
     assert strong["high"] < 0
+    assert strong["random_low"] > strong["change"]
+    assert strong["p"] == 1 / 4
+    assert (found["random_low"] <= found["random_high"]).all()
+    assert found.loc["0.mlp.down_proj", "p"] == 1
     assert found.loc["0.mlp.down_proj", "change"] == 0
     assert found.loc["whole adapter", "change"] == pytest.approx(strong["change"], abs=0.2)
     with pytest.raises(JudgeError, match="none could be judged"):
         leave_one_out_rates(pair.sides, ["the"], lambda i, a: None, max_new_tokens=1)
+
+
+def test_random_writes_are_added_to_the_weights_and_taken_away_again():
+    pair = planted((0.0, 0.0, 60.0, 1e-3))
+    text = ["the cat sat"]
+    before = pair.run(text).logits
+    with with_random_writes(pair.sides, [2], seed=0, draw=1):
+        hooked = pair.run(text).logits
+    assert torch.equal(pair.run(text).logits, before)
+    site = pair.sides.lora[2]
+    with pair.sides.on("finetuned") as root, torch.no_grad():
+        b = module_at(root, f"{pair.sides.site_map.layer(site.layer)}.{site.module}").lora_B
+        weight = b[pair.sides.adapter].weight
+        kept = weight.clone()
+        extra = random_write(weight, 0, 2, 1)
+        weight += extra
+    assert float(extra.norm()) == pytest.approx(float(kept.norm()), rel=1e-5)
+    assert torch.allclose(pair.run(text).logits, hooked, atol=1e-4)
+    assert not torch.allclose(hooked, before, atol=1e-2)
 
 
 def changes(rows):
