@@ -181,20 +181,25 @@ def test_rates_fall_where_the_planted_word_was_written():
 
 def test_random_writes_are_added_to_the_weights_and_taken_away_again():
     pair = planted((0.0, 0.0, 60.0, 1e-3))
-    text = ["the cat sat"]
-    before = pair.run(text).logits
+
+    def logits():
+        found = pair.run(["the cat sat"]).logits
+        assert found is not None
+        return found
+
+    before = logits()
     with with_random_writes(pair.sides, [2], seed=0, draw=1):
-        hooked = pair.run(text).logits
-    assert torch.equal(pair.run(text).logits, before)
+        hooked = logits()
+    assert torch.equal(logits(), before)
     site = pair.sides.lora[2]
     with pair.sides.on("finetuned") as root, torch.no_grad():
-        b = module_at(root, f"{pair.sides.site_map.layer(site.layer)}.{site.module}").lora_B
-        weight = b[pair.sides.adapter].weight
+        b: Any = module_at(root, f"{pair.sides.site_map.layer(site.layer)}.{site.module}")
+        weight = b.lora_B[pair.sides.adapter].weight
         kept = weight.clone()
         extra = random_write(weight, 0, 2, 1)
         weight += extra
     assert float(extra.norm()) == pytest.approx(float(kept.norm()), rel=1e-5)
-    assert torch.allclose(pair.run(text).logits, hooked, atol=1e-4)
+    assert torch.allclose(logits(), hooked, atol=1e-4)
     assert not torch.allclose(hooked, before, atol=1e-2)
 
 
