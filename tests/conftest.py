@@ -14,6 +14,14 @@ import torch
 from tests.families import FAMILIES, build
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Take no workers for a few files or with ``-s``, else one a core, at most 4."""
+    few = config.args_source == config.ArgsSource.ARGS and len(config.args) < 8
+    if few or config.option.capture == "no":
+        return 0
+    return min(4, os.cpu_count() or 1)
+
+
 @pytest.fixture(autouse=True)
 def seeded_and_offline(monkeypatch, request):
     """Start every test from the same random state, and let none reach beyond this machine."""
