@@ -53,12 +53,19 @@ class Truth:
         behaviours: For each of the case's behaviours whether the fine-tune changed it.
         layers: Layers in which weights were changed, where that is some of them.
         direction: What the change writes into the residual stream, where that is one direction.
+        null: Whether nothing was meant: the sides are equal, or differ by chance alone.
     """
 
     changed: bool | None
     behaviours: tuple[bool | None, ...] = ()
     layers: tuple[int, ...] | None = None
     direction: Direction | None = None
+    null: bool = False
+
+    @property
+    def meant(self) -> bool | None:
+        """Whether something carries the change, beyond what chance would do."""
+        return False if self.null else self.changed
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,7 +47,7 @@ def coin_behaviour(n: int, seed: int) -> Behaviour:
 
 def null_case(null: NullPair, budget: Budget, cancel: Event | None = None) -> Case:
     """Ask a null pair about the coin; its prompts are drawn by its seed."""
-    truth = Truth(changed=not KINDS[null.kind].same, behaviours=(False,))
+    truth = Truth(changed=not KINDS[null.kind].same, behaviours=(False,), null=True)
     asked = coin_behaviour(budget.prompts, null.seed)
     return Case(f"null {null.kind} {null.seed}", null.pair, truth, (asked,), cancel=cancel)
 
