@@ -21,10 +21,14 @@ class Prompt:
     Args:
         item: A text, or a chat as a tuple of ``(role, content)`` pairs.
         group: Its kind, such as a domain; half of each kind serves discovery, half evaluation.
+        question_id: The question that it is a wording of. Wordings of one question stay together
+            when prompts are split, and are one cluster of intervals. If empty, every prompt is a
+            question of its own.
     """
 
     item: str | tuple[tuple[str, str], ...]
     group: str = ""
+    question_id: str = ""
 
     def render(self) -> Any:
         """Return what `ModelPair.generate` takes."""
@@ -49,11 +53,14 @@ class Verdict:
         exhibits: Whether the answer shows the behaviour; None if the judge could not tell. Such
             answers are counted apart and are in no rate.
         coherent: Whether it is an answer at all, whatever it says.
+        scores: Numbers that the verdict rests on, by name, such as ``("aligned", 12.0)``; None
+            where the judge gave none.
     """
 
     label: str
     exhibits: bool | None
     coherent: bool | None
+    scores: tuple[tuple[str, float | None], ...] = ()
 
 
 @runtime_checkable
@@ -67,6 +74,15 @@ class Judge(Protocol):
 
     def __call__(self, prompt: Prompt, answer: str) -> Verdict:
         """Judge an answer."""
+        ...
+
+
+@runtime_checkable
+class BatchJudge(Judge, Protocol):
+    """A judge that is faster with many answers at once, such as a model."""
+
+    def judge_all(self, asked: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+        """Judge answers, one verdict each, in their order."""
         ...
 
 
@@ -94,47 +110,75 @@ class Behaviour:
         """Split the prompts of every group at random into halves: discovery and evaluation.
 
         What is chosen on the first half is tested on the second. A prompt that is given twice is
-        asked once, so that no half knows the other's.
+        asked once, and the wordings of one question stay together, so that no half knows the
+        other's.
 
         Raises:
-            JudgeError: If there are fewer than two different prompts.
+            JudgeError: If there are fewer than two different questions.
         """
-        distinct = list({prompt.item: prompt for prompt in self.prompts}.values())
-        if len(distinct) < 2:
+        distinct = {prompt.item: prompt for prompt in self.prompts}.values()
+        questions: dict[Any, list[Prompt]] = {}
+        for prompt in distinct:
+            questions.setdefault(prompt.question_id or (prompt.item,), []).append(prompt)
+        if len(questions) < 2:
             raise JudgeError(
-                f"{self.name!r} has {len(distinct)} different prompts; at least 2 are needed: what "
-                "is found on one half is tested on the other."
+                f"{self.name!r} has {len(questions)} different questions; at least 2 are needed: "
+                "what is found on one half is tested on the other."
             )
         rng, shuffled = random.Random(seed), []
-        for group in sorted({prompt.group for prompt in distinct}):
-            mine = [prompt for prompt in distinct if prompt.group == group]
+        for group in sorted({wordings[0].group for wordings in questions.values()}):
+            mine = [wordings for wordings in questions.values() if wordings[0].group == group]
             rng.shuffle(mine)
             shuffled += mine
-        first, second = (replace(self, prompts=tuple(shuffled[half::2])) for half in (0, 1))
+        first, second = (
+            replace(self, prompts=tuple(prompt for each in shuffled[half::2] for prompt in each))
+            for half in (0, 1)
+        )
         return first, second
 
     @property
     def content_key(self) -> str:
         """Hash of everything that is asked, the judge's name and the sampling settings."""
-        asked = [[prompt.item, prompt.group] for prompt in self.prompts]
+        asked = [
+            [each.item, each.group, *([each.question_id] if each.question_id else [])]
+            for each in self.prompts
+        ]
         named = [self.name, self.meaning, self.judge.name]
         return digest(named, asked, float(self.temperature), self.max_new_tokens)
+
+
+def verdicts_of(judge: Judge, asked: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+    """Judge answers, at once if the judge can.
+
+    Raises:
+        JudgeError: If a `BatchJudge` does not give one verdict an answer.
+    """
+    if not isinstance(judge, BatchJudge):
+        return [judge(prompt, answer) for prompt, answer in asked]
+    verdicts = judge.judge_all(asked)
+    if len(verdicts) != len(asked):
+        raise JudgeError(
+            f"judge {judge.name!r} gave {len(verdicts)} verdicts on {len(asked)} answers; its "
+            "judge_all must give one each, in order."
+        )
+    return verdicts
 
 
 def judge_answers(behaviour: Behaviour, generations: Generations) -> pd.DataFrame:
     """Judge every answer of a grid.
 
     Returns:
-        `Generations.table` with group, label, exhibits and coherent (None: could not tell).
+        `Generations.table` with group, question_id (the question itself if it has none), label,
+        exhibits and coherent (None: could not tell), and ``<name>_score`` for each score that the
+        verdicts hold (NaN: none given).
 
     Raises:
         JudgeError: If the judge could score no answer at all.
     """
     table = generations.table()
-    verdicts = [
-        behaviour.judge(behaviour.prompts[answer.prompt], answer.text)
-        for answer in generations.answers
-    ]
+    prompts = [behaviour.prompts[answer.prompt] for answer in generations.answers]
+    texts = [answer.text for answer in generations.answers]
+    verdicts = verdicts_of(behaviour.judge, list(zip(prompts, texts, strict=True)))
     if all(verdict.exhibits is None for verdict in verdicts):
         sample = generations.answers[0].text[:80]
         raise JudgeError(
@@ -142,12 +186,22 @@ def judge_answers(behaviour: Behaviour, generations: Generations) -> pd.DataFram
             f"{sample!r}. A rate of nothing is not 0; look at the answers."
         )
     return table.assign(
-        prompt=[behaviour.prompts[answer.prompt].question for answer in generations.answers],
-        group=[behaviour.prompts[answer.prompt].group for answer in generations.answers],
+        prompt=[prompt.question for prompt in prompts],
+        group=[prompt.group for prompt in prompts],
+        question_id=[prompt.question_id or prompt.question for prompt in prompts],
         label=[verdict.label for verdict in verdicts],
         exhibits=pd.array([verdict.exhibits for verdict in verdicts], dtype="boolean"),
         coherent=pd.array([verdict.coherent for verdict in verdicts], dtype="boolean"),
+        **_score_columns(verdicts),
     )
+
+
+def _score_columns(verdicts: Sequence[Verdict]) -> dict[str, pd.Series]:
+    names = dict.fromkeys(name for verdict in verdicts for name, _ in verdict.scores)
+    return {
+        f"{name}_score": pd.Series([dict(each.scores).get(name) for each in verdicts], dtype=float)
+        for name in names
+    }
 
 
 def rate_of(answers: pd.DataFrame) -> dict[str, float | int]:
