@@ -235,7 +235,7 @@ def test_a_choice_made_on_others_is_refused(contrast):
 
 @pytest.mark.slow
 def test_the_organism_direction_is_picked_from_its_reading():
-    """The judge is the organism's own; texts and ranking were chosen after seeing other readings."""
+    """By the organism's own judge; texts and ranking were chosen after seeing other readings."""
     import modeldiff as md
 
     pair = ModelPair.load("organism:em-rank1")
