@@ -1,4 +1,4 @@
-"""The command line: ``modeldiff diff | audit | rerun | organisms | bench | doctor | lab``."""
+"""The command line: ``modeldiff diff | audit | rerun | harvest | train | organisms | ...``."""
 
 import argparse
 import signal
@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from modeldiff import cli_cluster
 from modeldiff._version import __version__
 from modeldiff.errors import Cancelled, FileFormatError, ModelDiffError, SetupError
 
@@ -22,6 +23,10 @@ _EXAMPLES = """examples:
         only the differences of the predictions, in seconds
   modeldiff rerun audits/em-rank1/manifest.json --out audits/again
         repeat an audit and compare every number
+  modeldiff harvest BASE --adapter me/lora --texts corpus.txt --out store --cluster auto
+        both models' activations of a corpus, by all workers of a Ray cluster
+  torchrun --nproc-per-node 8 -m modeldiff train store --out crosscoder --latents 131072
+        a crosscoder on eight GPUs (without torchrun: on one)
 exit codes: 0 fine; 1 a rerun differs by more than its tolerance, or the doctor misses something;
 2 wrong input; 130 stopped
 """
@@ -61,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "diff", _diff, "differences of the predictions of two models", _diff_arguments)
     _add(commands, "audit", _audit, "the whole audit, written to a folder", _audit_arguments)
     _add(commands, "rerun", _rerun, "repeat an audit and compare its numbers", _rerun_arguments)
+    _add(commands, "harvest", _harvest, "activations of many texts, to a store", _harvest_arguments)
+    _add(commands, "train", _train, "a dictionary of a store's rows", cli_cluster.train_arguments)
     _add(
         commands,
         "organisms",
@@ -119,6 +126,11 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--random", type=int, default=20, metavar="N",
                         help="random directions to compare with (default 20)")  # fmt: skip
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers a prompt")
+
+
+def _harvest_arguments(parser: argparse.ArgumentParser) -> None:
+    _pair_arguments(parser)
+    cli_cluster.harvest_arguments(parser)
 
 
 def _rerun_arguments(parser: argparse.ArgumentParser) -> None:
@@ -296,6 +308,22 @@ def _rerun(options: argparse.Namespace) -> int:
     same = bool(compared["within"].all())
     _say(f"\n{'reproduced' if same else 'DIFFERS'} (tolerance {options.tolerance:g})")
     return OK if same else DIFFERS
+
+
+def _harvest(options: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with _stoppable() as cancel:
+        _say(cli_cluster.harvest(_spec(options), options, cancel))
+    return OK
+
+
+def _train(options: argparse.Namespace) -> int:
+    with _stoppable() as cancel:
+        if found := cli_cluster.train(options, cancel):
+            _say(found)
+    return OK
 
 
 def _organisms(options: argparse.Namespace) -> int:

@@ -6,11 +6,11 @@ corpus and a shard is the same whenever it is made.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from modeldiff._version import __version__
 from modeldiff.errors import MismatchError
 from modeldiff.live_rows import check_paired, dtype_name, paired_rows, sides_of
 from modeldiff.loading import Sides
-from modeldiff.masks import Mask, parse_mask
+from modeldiff.masks import Mask, mask_from_json, parse_mask
 from modeldiff.models import ModelPair
 from modeldiff.sites import Site, parse_sites
 from modeldiff.store_files import (
@@ -45,10 +45,14 @@ from modeldiff.store_statistics import RowStatistics
 from modeldiff.store_texts import (
     FILES,
     Corpus,
+    StoredText,
     corpus_in_files,
     write_texts,
 )
 from modeldiff.stores import ActivationStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def harvest(
@@ -97,38 +101,67 @@ def harvest(
     """
     sides, sites, mask = sides_of(pair), parse_sites(at), parse_mask(on)
     check_paired(sides, sites)
-    if min(rows_per_shard, max_tokens) < 1:
-        raise MismatchError(f"rows_per_shard={rows_per_shard}, max_tokens={max_tokens}: give 1 up.")
-    items = [items] if isinstance(items, str) else items
-    where, name = Path(folder), dtype_name(dtype)
+    settings = settings_of(sites, mask, skip_first, dtype, rows_per_shard, max_tokens)
+    where = Path(folder)
     with writing(where):
         where.mkdir(parents=True, exist_ok=True)
         with locked(where):
             manifest = prepare_folder(where)
-            layout = {"rows_per_shard": rows_per_shard, "max_tokens": max_tokens}
-            settings = {"sites": list(map(str, sites)), "mask": mask.to_json(),
-                        "skip_first": skip_first, "dtype": name, **layout}  # fmt: skip
-            plan = _planned(sides, items, mask, skip_first, settings, where, manifest)
+            plan = planned(sides.tokenizer, sides.digests, items, settings, where, manifest)
             _harvest_shards(sides, sites, where, plan, progress, cancel)
     return ActivationStore.open(where)
 
 
-def _planned(
-    sides: Sides,
-    items: Iterable[Any],
+def settings_of(
+    sites: Sequence[Site],
     mask: Mask,
     skip_first: int,
+    dtype: torch.dtype,
+    rows_per_shard: int,
+    max_tokens: int,
+) -> Manifest:
+    """What of a harvest's arguments its content depends on.
+
+    Raises:
+        MismatchError: If an argument is out of its range.
+    """
+    if min(rows_per_shard, max_tokens) < 1:
+        raise MismatchError(f"rows_per_shard={rows_per_shard}, max_tokens={max_tokens}: give 1 up.")
+    layout = {"rows_per_shard": rows_per_shard, "max_tokens": max_tokens}
+    return {"sites": list(map(str, sites)), "mask": mask.to_json(), "skip_first": skip_first,
+            "dtype": dtype_name(dtype), **layout}  # fmt: skip
+
+
+def planned(
+    tokenizer: "PreTrainedTokenizerFast",
+    digests: Mapping[str, str],
+    items: Iterable[Any],
     settings: Manifest,
     folder: Path,
     manifest: Manifest | None,
 ) -> Manifest:
-    """Write the texts and the manifest of an unfinished store; compare with what is there."""
+    """Write the texts and the manifest of an unfinished store; compare with what is there.
+
+    Args:
+        tokenizer: Renders the items.
+        digests: Of the models, see `modeldiff.loading.Sides.digests`.
+        items: Texts, chats, completions; read once.
+        settings: See `settings_of`.
+        folder: Where the store is to lie.
+        manifest: The folder's, if it has one.
+
+    Raises:
+        MaskError: If no token is kept.
+        MismatchError: If the folder holds a harvest of something else.
+    """
+    items = [items] if isinstance(items, str) else items
+    mask, skip_first = mask_from_json(settings["mask"]), settings["skip_first"]
     with ExitStack() as stack:
         paths = [stack.enter_context(atomic_write(folder / name)) for name in FILES]
         with ExitStack() as opened:
             streams = [opened.enter_context(path.open("wb")) for path in paths]
-            texts = write_texts(sides, items, mask, skip_first, streams)
-        depends_on = {**sides.digests, "texts": texts, "modeldiff": __version__, **settings}
+            texts = write_texts(tokenizer, items, mask, skip_first, streams)
+        depends_on = {**digests, "texts": texts, "modeldiff": __version__, **settings}
         if manifest is not None:
             _check_same(depends_on, manifest, folder)
     if manifest is not None and manifest["complete"]:
@@ -168,29 +201,48 @@ def _harvest_shards(
     progress: Progress,
     cancel: Event | None,
 ) -> None:
-    sizes = {name: facts["bytes"] for name, facts in plan["files"].items() if name in FILES}
-    corpus = corpus_in_files(folder, plan["texts"], sizes)
-    shards = plan_shards(corpus.counts, plan["depends_on"]["rows_per_shard"])
+    corpus, shards = planned_shards(folder, plan)
     report, receipts, made = reporter(progress, "harvest"), [], False
     for shard in shards:
         found = read_receipt(folder, plan["key"], shard)
         if found is None:
-            _harvest_shard(sides, sites, folder, plan, corpus, shard, cancel)
+            texts = shard_texts(corpus, shard)
+            harvest_shard(sides, sites, folder, plan, shard, texts, cancel)
             found, made = read_receipt(folder, plan["key"], shard), True
         assert found is not None, "a receipt that was just written"
         receipts.append(found)
         done = shard.first_row + shard.n_rows
         report(done, corpus.n_rows, f"{done}/{corpus.n_rows} rows")
     if made or not plan["complete"] or not (folder / STATISTICS).is_file():
-        _finish(folder, plan, sites, receipts)
+        finish(folder, plan, sites, receipts)
 
 
-def _finish(
+def planned_shards(folder: Path, plan: Manifest) -> tuple[Corpus, tuple[Shard, ...]]:
+    """The texts of a planned store, and how they are cut."""
+    sizes = {name: facts["bytes"] for name, facts in plan["files"].items() if name in FILES}
+    corpus = corpus_in_files(folder, plan["texts"], sizes)
+    return corpus, plan_shards(corpus.counts, plan["depends_on"]["rows_per_shard"])
+
+
+def shard_texts(corpus: Corpus, shard: Shard) -> list[StoredText]:
+    """Those texts of a shard of which anything is kept."""
+    return [corpus.document(i) for i in range(*shard.documents) if corpus.counts[i]]
+
+
+def finish(
     folder: Path,
     plan: Manifest,
     sites: tuple[Site, ...],
-    receipts: list[tuple[Manifest, dict[Site, RowStatistics]]],
+    receipts: Sequence[tuple[Manifest, dict[Site, RowStatistics]]],
 ) -> None:
+    """Write the statistics and the manifest of a finished store.
+
+    Args:
+        folder: Of the store.
+        plan: From `planned`.
+        sites: Harvested.
+        receipts: Of all shards, in their order.
+    """
     statistics = {site: RowStatistics.joined(each[site] for _, each in receipts) for site in sites}
     write_statistics(folder, statistics)
     summary = {
@@ -207,17 +259,29 @@ def _finish(
     })  # fmt: skip
 
 
-def _harvest_shard(
+def harvest_shard(
     sides: Sides,
     sites: tuple[Site, ...],
     folder: Path,
     plan: Manifest,
-    corpus: Corpus,
     shard: Shard,
-    cancel: Event | None,
+    texts: Sequence[StoredText],
+    cancel: Event | None = None,
 ) -> None:
-    numbers = [i for i in range(*shard.documents) if corpus.counts[i]]
-    texts = [corpus.document(i) for i in numbers]
+    """Write one shard's files, then its receipt; a function of its arguments, to the byte.
+
+    Args:
+        sides: The pair.
+        sites: What to read.
+        folder: Where to write.
+        plan: From `planned`.
+        shard: Which.
+        texts: Its texts, see `shard_texts`.
+        cancel: Event that stops between batches.
+
+    Raises:
+        Cancelled: If the event is set; nothing of the shard is left then.
+    """
     settings, parts = plan["depends_on"], {site: [] for site in sites}
     dtype = DTYPES[settings["dtype"]]
     check(cancel, folder)

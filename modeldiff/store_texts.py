@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from modeldiff.errors import FileFormatError, MaskError
 from modeldiff.loading import Sides
 from modeldiff.masks import ROLES, Mask
 from modeldiff.tokens import Text, render, selected
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FILES: dict[str, str] = {
     "token_ids.bin": "<i4",
@@ -120,7 +123,7 @@ class Corpus:
 
 
 def write_texts(
-    sides: Sides,
+    tokenizer: "PreTrainedTokenizerFast",
     items: Iterable[Any],
     mask: Mask,
     skip_first: int,
@@ -132,7 +135,7 @@ def write_texts(
     An empty text is a document without tokens.
 
     Args:
-        sides: Whose tokenizer renders.
+        tokenizer: Renders.
         items: Texts, chats, completions; read once.
         mask: Tokens to keep.
         skip_first: Positions dropped at the start of each text.
@@ -143,7 +146,7 @@ def write_texts(
     """
     sha, n_tokens, n_rows, n_texts = hashlib.sha256(), 0, 0, 0
     for item in items:
-        text = render(sides.tokenizer, item)
+        text = render(tokenizer, item)
         kept = [i for i, each in enumerate(selected(text, mask, skip_first)) if each]
         parts = (
             list(text.ids),
@@ -171,7 +174,7 @@ def corpus_in_memory(sides: Sides, items: Iterable[Any], mask: Mask, skip_first:
         MaskError: If no token is kept.
     """
     streams = [io.BytesIO() for _ in FILES]
-    key = write_texts(sides, items, mask, skip_first, streams)
+    key = write_texts(sides.tokenizer, items, mask, skip_first, streams)
     arrays = [
         np.frombuffer(stream.getvalue(), kind)
         for stream, kind in zip(streams, FILES.values(), strict=True)

@@ -71,7 +71,7 @@ def test_help_teaches_by_examples(capsys):
     assert plain == shown
     for part in ("examples:", "modeldiff audit organism:em-rank1", "exit codes", "rerun", "lab"):
         assert part in shown
-    for command in ("diff", "audit", "rerun", "organisms", "lab"):
+    for command in ("diff", "audit", "rerun", "harvest", "train", "organisms", "lab"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "usage: modeldiff" in capsys.readouterr().out

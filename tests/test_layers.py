@@ -39,12 +39,14 @@ LAYERS = (
     "behaviours organism_judges dose transfer judges judge_rates agreement questions score_prompts "
     "scorers local_judge api_judge ngram_judge sft sft_plans sft_rows sft_trl caft_candidates "
     "sft_files sft_metrics caft_arms "
-    "caft_reading caft_controls caft_runs caft_results backtracking backtracking_scan thinking "
+    "caft_reading caft_contexts caft_controls caft_runs caft_results backtracking "
+    "backtracking_scan thinking "
     "thinking_spans thinking_layers api_replies backtracking_text",
     "cache report report_files report_compare report_figures report_plots report_html "
     "audit answer_contrasts audit_answers audit_findings audit_proof audit_stages",
     "inspect_bridge inspect_compare distributed distributed_training cluster cluster_harvest "
-    "cluster_train inspect_requests recipes recipe_files recipe_runs",
+    "cluster_train inspect_requests recipes recipe_files recipe_runs "
+    "recipe_settings",
     "bench bench.scores bench.meter bench.cases bench.ablation bench.methods bench.methods.audit "
     "bench.methods.weight_change bench.methods.difference_sae "
     "bench.methods.base_contrast bench.methods.effects_scan bench.methods.layers_survey "

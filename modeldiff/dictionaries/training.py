@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from threading import Event
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modeldiff._files import PathLike, digest
-from modeldiff._progress import Progress, check, reporter
+from modeldiff._progress import Progress, reporter
 from modeldiff._shapes import Bool, Float, Int
 from modeldiff._version import __version__
 from modeldiff.dictionaries.checkpoints import (
@@ -21,11 +21,11 @@ from modeldiff.dictionaries.checkpoints import (
     tensors_digest,
     write_checkpoint,
 )
-from modeldiff.dictionaries.configs import Normaliser, TrainConfig
+from modeldiff.dictionaries.configs import DictionaryConfig, Normaliser, TrainConfig
 from modeldiff.dictionaries.losses import StepResult, constrain_gradients, loss
 from modeldiff.dictionaries.models import Dictionary
 from modeldiff.dictionaries.sources import Rows, Source
-from modeldiff.errors import FileFormatError, MismatchError, TrainingError
+from modeldiff.errors import Cancelled, FileFormatError, MismatchError, TrainingError
 
 __all__ = ["PlainStep", "TrainConfig", "TrainLog", "Trained", "train"]
 _NOT_THE_RUN = ("log_every", "checkpoint_every", "fast")  # do not change what is computed
@@ -123,14 +123,27 @@ class PlainStep:
             now = loss(self.dictionary, x_norm, self.config, k=k, ramp=ramp, dead=dead)
         self.adam.zero_grad()
         now.total.backward()
+        self.update(lr)
+        return now.result()
+
+    def update(
+        self, lr: float, norm_of: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    ) -> None:
+        """Take Adam's step by the gradients that there are, clipped.
+
+        Args:
+            lr: Learning rate.
+            norm_of: Norm of named gradients, if they are a part of others.
+        """
         constrain_gradients(self.dictionary)
-        torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip)
+        grads = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
+        norm = (norm_of or _norm)(grads)
+        torch.nn.utils.clip_grads_with_norm_(self.trained.values(), self.config.clip, norm)
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         if self.dictionary.config.activation == "jumprelu":
             self.dictionary.threshold.data.clamp_min_(0.0)
         self.done += 1
-        return now.result()
 
     def state(self) -> dict[str, Tensor]:
         """Moments of Adam by the names of the weights, and the number of steps."""
@@ -154,6 +167,45 @@ class PlainStep:
         self.adam.zero_grad()
 
 
+def _norm(grads: Mapping[str, Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm(grads.values())
+
+
+class Alone:
+    """How a run is divided among processes: not at all. See `modeldiff.distributed_training`."""
+
+    about: tuple[Any, ...] = ()
+    """What of the division changes what a checkpoint holds."""
+
+    def part(self, rows: Float[Tensor, "row models d_model"]) -> Float[Tensor, "part models d"]:
+        """This process's share of a batch."""
+        return rows
+
+    def whole(self, config: DictionaryConfig) -> DictionaryConfig:
+        """Of the whole dictionary, of which this process trains one like this."""
+        return config
+
+    def mean(self, each: Tensor) -> Tensor:
+        """Mean over the processes."""
+        return each
+
+    def stops(self, wanted: bool) -> bool:
+        """Whether any process wants to stop."""
+        return wanted
+
+    def stepper(self, dictionary: Dictionary, config: TrainConfig, fast: bool) -> Stepper:
+        """What takes the steps."""
+        return _stepper(dictionary, config, fast)
+
+    def read(self, folder: PathLike) -> Checkpoint | None:
+        """Read the run's checkpoint."""
+        return read_checkpoint(folder)
+
+    def write(self, folder: PathLike, checkpoint: Checkpoint) -> None:
+        """Write the run's checkpoint."""
+        write_checkpoint(folder, checkpoint)
+
+
 def train(
     dictionary: Dictionary,
     source: Source,
@@ -163,6 +215,7 @@ def train(
     folder: PathLike | None = None,
     progress: Progress = False,
     cancel: Event | None = None,
+    split: Alone | None = None,
 ) -> Trained:
     """Train a dictionary, in place.
 
@@ -178,6 +231,8 @@ def train(
         folder: Of the checkpoint. If it holds one of this very run, the run goes on from it.
         progress: See `modeldiff._progress.Progress`.
         cancel: Stops between steps when set; a checkpoint is written if there is a folder.
+        split: How the run is divided among processes;
+            `modeldiff.distributed_training.train_distributed` gives it.
 
     Returns:
         The same dictionary, and all logs of the run.
@@ -196,12 +251,13 @@ def train(
         >>> found.logs[-1].step, found.logs[-1].l0
         (20, 2.0)
     """
-    run = _Run(dictionary, source, config, folder)
+    split = split or Alone()
+    run = _Run(dictionary, source, config, folder, split)
     report, began = reporter(progress, "training"), time.monotonic()
     batches = source.shuffled(config.batch_size, seed=config.seed, start=run.step)
     try:
-        while run.step < config.steps and not (cancel is not None and cancel.is_set()):
-            x = dictionary.normalised(next(batches).acts)
+        while run.step < config.steps and not split.stops(cancel is not None and cancel.is_set()):
+            x = dictionary.normalised(split.part(next(batches).acts))
             seen, rate = run.advance(x)
             if run.step % config.log_every == 0 or run.step == config.steps:
                 run.logs.append(run.log(seen, x, rate, time.monotonic() - began))
@@ -214,7 +270,7 @@ def train(
     finally:
         run.stepper.close()
     if run.step < config.steps:
-        check(cancel, run.trained())
+        raise Cancelled("cancelled; what is finished is in the attribute `partial`.", run.trained())
     return run.trained()
 
 
@@ -227,9 +283,11 @@ class _Run:
         source: Source,
         config: TrainConfig,
         folder: PathLike | None,
+        split: Alone,
     ) -> None:
         _check_fit(dictionary, source, config)
         self.dictionary, self.config, self.folder = dictionary, config, folder
+        self.split, self.whole = split, split.whole(dictionary.config)
         self.source_key, self.step, self.logs = source.key, 0, list[TrainLog]()
         self.kept_at = -1
         self.seen: StepResult | None = None
@@ -238,25 +296,25 @@ class _Run:
         )
         fast = _is_fast(dictionary, config)
         told = {name: each for name, each in asdict(config).items() if name not in _NOT_THE_RUN}
-        self.run = digest(asdict(dictionary.config), told, fast, self.source_key)
+        self.run = digest(asdict(dictionary.config), told, fast, self.source_key, *split.about)
         self.start = tensors_digest(dictionary.state_dict())
-        stored = None if folder is None else read_checkpoint(folder)
+        stored = None if folder is None else split.read(folder)
         if stored is not None:
             self._check_same(stored)
             dictionary.load_state_dict(stored.part("weights"))
         elif dictionary.normaliser.is_identity and config.normaliser_rows:
             dictionary.set_normaliser(_fitted(dictionary, source, config))
-        self.stepper = _stepper(dictionary, config, fast)
+        self.stepper = split.stepper(dictionary, config, fast)
         if stored is not None:
             self._resume(stored)
 
     def advance(self, x: Float[Tensor, "row model d_model"]) -> tuple[StepResult, float]:
         """Take one step; what it saw, and its learning rate."""
         c, step = self.config, self.step
-        rate = c.rate(step, self.dictionary.config.n_latents)
+        rate = c.rate(step, self.whole.n_latents)
         dead = self.unfired >= c.rows_to_die
-        seen = self.stepper.step(x, c.k_at(step, self.dictionary.config.k), rate, dead)
-        self.unfired = torch.where(seen.fired, 0, self.unfired + len(x))
+        seen = self.stepper.step(x, c.k_at(step, self.whole.k), rate, dead)
+        self.unfired = torch.where(seen.fired, 0, self.unfired + c.batch_size)
         if self.dictionary.config.activation == "batch_topk" and step >= c.threshold_from:
             threshold = self.dictionary.threshold
             share = 0.0 if step == c.threshold_from else c.threshold_beta
@@ -269,15 +327,15 @@ class _Run:
     ) -> TrainLog:
         """Turn what a step saw into a line of the log."""
         self._require_finite(seen)
-        variance = (x - x.mean(0)).square().mean((0, 2))
-        dead = self.unfired >= self.config.rows_to_die
+        variance = self.split.mean((x - self.split.mean(x.mean(0))).square().mean((0, 2)))
+        dead = self.split.mean((self.unfired >= self.config.rows_to_die).double().mean())
         return TrainLog(
             step=self.step,
             loss=float(seen.loss),
             mse=float(seen.mse.mean()),
             fve=tuple((1 - seen.mse / variance).tolist()),
             l0=float(seen.l0),
-            dead=float(dead.double().mean()),
+            dead=float(dead),
             lr=rate,
             seconds=seconds,
         )
@@ -292,7 +350,7 @@ class _Run:
         tensors |= {f"stepper.{name}": each for name, each in self.stepper.state().items()}
         tensors["unfired.rows"] = self.unfired
         logs = [asdict(each) for each in self.logs]
-        write_checkpoint(self.folder, Checkpoint(self.run, self.start, self.step, tensors, logs))
+        self.split.write(self.folder, Checkpoint(self.run, self.start, self.step, tensors, logs))
         self.kept_at = self.step
 
     def trained(self) -> Trained:
