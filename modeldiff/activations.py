@@ -1,21 +1,25 @@
 """Paired activations: both sides of a pair on the same tokens, aligned token by token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Bool, Float, Int
+from modeldiff.batch_size import each_batch
+from modeldiff.batching import Batch
 from modeldiff.errors import MaskError, MismatchError
-from modeldiff.forward import PairRun, as_texts, batched, run_pair
+from modeldiff.forward import PairRun, as_texts, run_pair
 from modeldiff.loading import Sides
 from modeldiff.masks import Mask, parse_mask
 from modeldiff.sites import Site, parse_sites
 from modeldiff.tokens import Text, selected
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,74 @@ class Part:
         return acts[site][self.keep.to(acts[site].device)]
 
 
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A batch that is still to be run, with the tokens to keep of it; fields as of `Part`."""
+
+    batch: Batch
+    keep: Bool[Tensor, "row seq"]
+    text_index: Int[Tensor, " token"]
+    position: Int[Tensor, " token"]
+
+
+def planned(
+    sides: Sides,
+    texts: tuple[Text, ...],
+    work: Callable[[Planned], R],
+    *,
+    what: str = "capture",
+    on: "str | Mask" = "all",
+    skip_first: int = 1,
+    max_tokens: int = 4096,
+    progress: Progress = False,
+    cancel: Event | None = None,
+) -> Iterator[tuple[Planned, R]]:
+    """Batch the texts that have tokens to keep, and work on each batch; reports after each.
+
+    Args:
+        sides: The pair.
+        texts: What to run.
+        work: Done with each batch; again with halves of it if memory runs out.
+        what: Name of the work, see `modeldiff.batch_size.fitted`.
+        on: Tokens to keep.
+        skip_first: Positions dropped at the start of each text.
+        max_tokens: Budget of a batch, padding included.
+        progress: Where to report.
+        cancel: Event that stops between batches.
+
+    Raises:
+        MaskError: If no token of any text is kept.
+        SetupError: If memory runs out on a single text.
+        Cancelled: If the event is set.
+    """
+    mask = parse_mask(on)
+    keeps = [selected(text, mask, skip_first) for text in texts]
+    if not any(any(keep) for keep in keeps):
+        raise MaskError(
+            f"the mask {on!r} with skip_first={skip_first} keeps no token of {len(texts)} texts. "
+            "Roles exist in chats only, 'new' only where there is a response."
+        )
+    report = reporter(progress, "capture")
+    done = 0
+    kept = [index for index, keep in enumerate(keeps) if any(keep)]
+
+    def of_batch(batch: Batch) -> tuple[Planned, R]:
+        check(cancel)
+        keep = torch.zeros(batch.ids.shape, dtype=torch.bool)
+        owner = [kept[index] for index in batch.order]
+        for row, index in enumerate(owner):
+            keep[row, : len(keeps[index])] = torch.tensor(keeps[index])
+        row, position = keep.nonzero(as_tuple=True)
+        each = Planned(batch, keep, torch.tensor(owner)[row], position)
+        return each, work(each)
+
+    used = [texts[i] for i in kept]
+    for batch, found in each_batch(sides, used, max_tokens, of_batch, what=what):
+        yield found
+        done += len(batch.texts)
+        report(done, len(kept), f"{done}/{len(kept)} texts")
+
+
 def stream(
     sides: Sides,
     texts: tuple[Text, ...],
@@ -114,29 +186,19 @@ def stream(
 
     Raises:
         MaskError: If no token of any text is kept.
+        SetupError: If memory runs out on a single text.
         Cancelled: If the event is set.
     """
-    mask = parse_mask(on)
-    keeps = [selected(text, mask, skip_first) for text in texts]
-    if not any(any(keep) for keep in keeps):
-        raise MaskError(
-            f"the mask {on!r} with skip_first={skip_first} keeps no token of {len(texts)} texts. "
-            "Roles exist in chats only, 'new' only where there is a response."
-        )
-    report = reporter(progress, "capture")
-    done = 0
-    kept = [index for index, keep in enumerate(keeps) if any(keep)]
-    for batch in batched(sides, [texts[i] for i in kept], max_tokens):
-        check(cancel)
-        run = run_pair(sides, batch, sites, final=final)
-        keep = torch.zeros(batch.ids.shape, dtype=torch.bool)
-        owner = [kept[index] for index in batch.order]
-        for row, index in enumerate(owner):
-            keep[row, : len(keeps[index])] = torch.tensor(keeps[index])
-        row, position = keep.nonzero(as_tuple=True)
-        yield Part(run, keep, torch.tensor(owner)[row], position)
-        done += len(batch.texts)
-        report(done, len(kept), f"{done}/{len(kept)} texts")
+
+    def work(each: Planned) -> Part:
+        run = run_pair(sides, each.batch, sites, final=final, keep=each.keep, cancel=cancel)
+        return Part(run, each.keep, each.text_index, each.position)
+
+    for _, part in planned(
+        sides, texts, work, on=on, skip_first=skip_first, max_tokens=max_tokens,
+        progress=progress, cancel=cancel,
+    ):  # fmt: skip
+        yield part
 
 
 def capture(

@@ -106,6 +106,8 @@ def _pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subfolder", default="", help="folder inside the fine-tune's repository")
     parser.add_argument("--revision", help="revision of the fine-tune")
     parser.add_argument("--device", help="cpu, cuda, auto, ... (default: CUDA where there is one)")
+    parser.add_argument("--remote", nargs="?", const=True, metavar="ADDRESS",
+                        help="run on NDIF, or on the server at this address")  # fmt: skip
     parser.add_argument("--texts", type=Path, metavar="FILE",
                         help="texts, one a line; instead of an organism's questions")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -172,7 +174,7 @@ def _load(spec: dict[str, Any]) -> Any:
 
     logging.disable_progress_bar()
 
-    names = ("finetuned", "adapter", "subfolder", "revision", "device")
+    names = ("finetuned", "adapter", "subfolder", "revision", "device", "remote")
     try:
         return ModelPair.load(spec["base"], **{n: spec[n] for n in names if spec.get(n)})
     except ModelDiffError:
@@ -182,7 +184,7 @@ def _load(spec: dict[str, Any]) -> Any:
 
 
 def _spec(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("base", "finetuned", "adapter", "subfolder", "revision", "device")
+    names = ("base", "finetuned", "adapter", "subfolder", "revision", "device", "remote")
     return {name: getattr(options, name) for name in names}
 
 

@@ -89,6 +89,8 @@ def harvest(spec: Mapping[str, Any], options: argparse.Namespace, cancel: Event)
 
     if options.texts is None:
         raise SetupError("harvest needs --texts FILE: texts, one a line, or chats as .jsonl.")
+    if spec.get("remote"):
+        raise SetupError("a harvest reads activations where the models are: load the pair here.")
     pair = PairSpec(**{name: value for name, value in spec.items() if value})
     sites = options.sites or [f"resid_post.{_n_layers(pair.base) // 2}"]
     settings: dict[str, Any] = {

@@ -13,22 +13,37 @@ from torch import Tensor, nn
 
 from modeldiff._shapes import Float, Int
 from modeldiff.architectures import SiteMap, module_at
+from modeldiff.errors import RemoteError
+from modeldiff.placement import is_offloaded
 
 Unembed = Callable[[Float[Tensor, "*token d_model"]], Float[Tensor, "*token vocab"]]
 _TEMPORARIES = 8  # [block, vocab] tensors alive at once in `compare`
 
 
 def unembedding(root: nn.Module, site_map: SiteMap) -> Unembed:
-    """Return the function from the final norm's output to float32 logits."""
-    head = module_at(root, site_map.unembed)
+    """Return the function from the final norm's output to float32 logits.
+
+    Raises:
+        RemoteError: If the weights are not here.
+    """
+    head, cap = module_at(root, site_map.unembed), softcap(root)
+    if next(head.parameters()).is_meta and not is_offloaded(head):
+        raise RemoteError("the unembedding's weights are on a server; load the pair for this.")
+    return lambda h: logits_of(head, h, cap)
+
+
+def softcap(root: nn.Module) -> float | None:
+    """The bound that a family (Gemma 2) puts on its logits, or None."""
     config = root.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    cap = getattr(config, "final_logit_softcapping", None)
+    return getattr(config, "final_logit_softcapping", None)
 
-    def unembed(h: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token vocab"]:
-        logits = head(h).float()
-        return torch.tanh(logits / cap) * cap if cap else logits
 
-    return unembed
+def logits_of(
+    head: Unembed, h: Float[Tensor, "*token d_model"], cap: float | None
+) -> Float[Tensor, "*token vocab"]:
+    """Float32 logits of the final norm's output."""
+    logits = head(h).float()
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def block_size(vocab: int, budget: int) -> int:
@@ -87,6 +102,16 @@ def compare(
         came: The token that came next.
         k: How many of the most likely tokens to keep.
     """
+    return Block(**divergences(base, finetuned, came, k))
+
+
+def divergences(
+    base: Float[Tensor, "token vocab"],
+    finetuned: Float[Tensor, "token vocab"],
+    came: Int[Tensor, " token"],
+    k: int,
+) -> dict[str, Tensor]:
+    """What `compare` compares, by the names of `Block`; servers without this package run it too."""
     logprobs = [base.log_softmax(-1), finetuned.log_softmax(-1)]
     b, f = logprobs
     pb, pf = b.exp(), f.exp()
@@ -97,20 +122,72 @@ def compare(
     js = (js + (pb * towards_m).sum(-1)) / 2
     observed = [one.gather(-1, came[:, None]) for one in logprobs]
     tops = [one.topk(k, -1) for one in logprobs]
-    return Block(
-        kl_fb=(pf * ratio).sum(-1),
-        kl_bf=-(pb * ratio).sum(-1),
-        js=js,
-        entropy=torch.stack([-(pb * b).sum(-1), -(pf * f).sum(-1)], -1),
-        logprob=torch.cat(observed, -1),
-        rank=torch.stack(
+    return {
+        "kl_fb": (pf * ratio).sum(-1),
+        "kl_bf": -(pb * ratio).sum(-1),
+        "js": js,
+        "entropy": torch.stack([-(pb * b).sum(-1), -(pf * f).sum(-1)], -1),
+        "logprob": torch.cat(observed, -1),
+        "rank": torch.stack(
             [(one > o).sum(-1) for one, o in zip(logprobs, observed, strict=True)], -1
         ),
-        top_ids=torch.stack([top.indices for top in tops], 1),
-        top_logprobs=torch.stack([top.values for top in tops], 1),
-        log_ratio=ratio,
-        moved=pf - pb,
-    )
+        "top_ids": torch.stack([top.indices for top in tops], 1),
+        "top_logprobs": torch.stack([top.values for top in tops], 1),
+        "log_ratio": ratio,
+        "moved": pf - pb,
+    }
+
+
+def compared(
+    h_base: Float[Tensor, "token d_model"],
+    h_finetuned: Float[Tensor, "token d_model"],
+    unembed_base: Unembed,
+    unembed_finetuned: Unembed,
+    came: Int[Tensor, " token"],
+    k: int,
+    budget: int,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Compare both sides' predictions of many tokens, a block at a time.
+
+    Args:
+        h_base: Final norm's output of the base.
+        h_finetuned: The same of the fine-tune.
+        unembed_base: The base's unembedding.
+        unembed_finetuned: The fine-tune's.
+        came: The token that came next.
+        k: Size of the top lists.
+        budget: Bytes for the temporaries of a block.
+
+    Returns:
+        A row a token by the names of `Block`, without the two ``[token, vocab]`` tensors; and
+        instead of these their sums and counts over the tokens, ``[vocab]``: ``promoted`` and
+        ``demoted`` (among the k), ``positive`` (log ratio), ``log_ratio``, ``moved``.
+    """
+    vocab = unembed_base(h_base[:1]).shape[-1]
+    parts = []
+    sums: dict[str, Tensor] = {}
+    for rows in blocks(len(came), block_size(vocab, budget)):
+        base, tuned = unembed_base(h_base[rows]), unembed_finetuned(h_finetuned[rows])
+        block = divergences(base, tuned.to(base.device), came[rows].to(base.device), k)
+        for name, one in _moved_tokens(block.pop("log_ratio"), block.pop("moved"), k).items():
+            sums[name] = sums[name] + one if name in sums else one
+        parts.append(block)
+    columns = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    return columns, sums
+
+
+def _moved_tokens(
+    ratio: Float[Tensor, "token vocab"], moved: Float[Tensor, "token vocab"], k: int
+) -> dict[str, Tensor]:
+    top, bottom = ratio.topk(k, -1), ratio.topk(k, -1, largest=False)
+    up, down = top.indices[top.values > 0], bottom.indices[bottom.values < 0]
+    return {
+        "promoted": torch.bincount(up.cpu(), minlength=ratio.shape[1]),
+        "demoted": torch.bincount(down.cpu(), minlength=ratio.shape[1]),
+        "positive": (ratio > 0).sum(0).cpu(),
+        "log_ratio": ratio.sum(0, dtype=torch.float64).cpu(),
+        "moved": moved.sum(0, dtype=torch.float64).cpu(),
+    }
 
 
 def kl_and_loss(

@@ -60,10 +60,11 @@ def effects(
         keep = mask_tensor(batch, on)
         keep[:, 0] = False
         if keep.any():
-            known = _predicting(sides, batch, reference, keep)
+            known = _predicting(sides, batch, reference, keep, cancel)
             for index, cell in enumerate(cells):
                 check(cancel)
-                rows += _compare(sides, batch, keep, index, cell, reference, known, budget)
+                found = _compare(sides, batch, keep, cell, reference, known, budget, cancel)
+                rows += _rows(batch, keep, index, cell, *found)
         report(number + 1, len(several), f"{number + 1}/{len(several)} batches")
     if not rows:
         raise MaskError(f"the mask {on!r} leaves no predicted token in {len(texts)} texts.")
@@ -71,8 +72,10 @@ def effects(
     return table.reset_index(drop=True)
 
 
-def _predicting(sides: Sides, batch: Batch, cell: Cell, keep: Tensor) -> Tensor:
-    states = final_states(sides, batch, cell.side, cell.plan)
+def _predicting(
+    sides: Sides, batch: Batch, cell: Cell, keep: Tensor, cancel: Event | None
+) -> Tensor:
+    states = final_states(sides, batch, cell.side, cell.plan, cancel)
     row, column = keep.nonzero(as_tuple=True)
     return states[row.to(states.device), column.to(states.device) - 1]
 
@@ -81,16 +84,21 @@ def _compare(
     sides: Sides,
     batch: Batch,
     keep: Tensor,
-    index: int,
     cell: Cell,
     reference: Cell,
     known: Tensor,
     budget: int,
-) -> list[dict[str, Any]]:
-    states = _predicting(sides, batch, cell, keep)
+    cancel: Event | None,
+) -> tuple[Tensor, Tensor]:
+    """KL to the reference and loss of each kept token, under one cell."""
+    if sides.kind == "remote":
+        from modeldiff.remote_runs import effect
+
+        return effect(sides, batch, keep, cell, reference, known, budget, cancel=cancel)
+    states = _predicting(sides, batch, cell, keep, cancel)
     root, other = sides.root(cell.side), sides.root(reference.side)
     with torch.no_grad():
-        kl, loss = kl_and_loss(
+        return kl_and_loss(
             states,
             known.to(states.device),
             unembedding(root, sides.site_map),
@@ -98,6 +106,11 @@ def _compare(
             batch.ids[keep].to(device_of(root)),
             budget,
         )
+
+
+def _rows(
+    batch: Batch, keep: Tensor, index: int, cell: Cell, kl: Tensor, loss: Tensor
+) -> list[dict[str, Any]]:
     owner = keep.nonzero(as_tuple=True)[0]
     rows = []
     for row in owner.unique().tolist():

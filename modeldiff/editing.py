@@ -8,15 +8,16 @@ nothing by the end of the call is an error.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from modeldiff._shapes import Bool, Float
+from modeldiff.architectures import SiteMap
 from modeldiff.batching import Batch, mask_tensor
 from modeldiff.errors import InterventionError
-from modeldiff.interventions import Edit, Plan, Shape
+from modeldiff.interventions import Ablate, Clamp, Edit, Plan, Replace, ScaleAlong, Shape, Steer
 from modeldiff.masks import parse_mask
 from modeldiff.sites import Site
 
@@ -144,6 +145,40 @@ class Editor:
             self.acts[site] = h
         return h
 
+    def program(self, site_map: SiteMap, adapter: str = "") -> list[dict[str, Any]]:
+        """The edits and reads as builtins and tensors, site by site in forward order.
+
+        What `modeldiff.tracing` carries out, here or on a server that lacks this package.
+
+        Args:
+            site_map: Where the sites are.
+            adapter: Active adapter, for ``lora`` sites.
+        """
+        vectors: dict[int, Tensor] = {}
+        places = [(site, *site_map.locate(site, adapter)) for site in self.sites]
+        return [self._at_site(*place, vectors) for place in places]
+
+    def _at_site(
+        self, site: Site, path: str, end: str, vectors: dict[int, Tensor]
+    ) -> dict[str, Any]:
+        placed = self._placed.get(site, ())
+        groups = [
+            {
+                "rows": group.rows,
+                "silenced": group.adapter_off and site in self._silenced,
+                "edits": [_plain(one, vectors) for one in placed if one.group == index],
+            }
+            for index, group in enumerate(self.groups)
+        ]
+        return {
+            "name": str(site),
+            "path": path,
+            "end": end,
+            "read": site in self._reads,
+            "leaf": site == self._leaf,
+            "groups": groups if site in self._placed or site in self._silenced else [],
+        }
+
     def silent(self) -> Silent:
         """Say of each edit at each site why it changed nothing; nothing if it did change some."""
         found: Silent = {}
@@ -210,6 +245,45 @@ class Editor:
         if key not in self._vectors:
             self._vectors[key] = one.edit.vectors().to(device)
         return self._vectors[key]
+
+
+def _plain(one: _Placed, vectors: dict[int, Tensor]) -> dict[str, Any]:
+    """One placed edit without classes; an edit's vectors are one tensor at all its sites."""
+    if id(one.edit) not in vectors:
+        vectors[id(one.edit)] = one.edit.vectors().clone()
+    tokens = one.mask.shape
+    if one.other is not None and one.other.shape[:2] != tokens:
+        raise InterventionError(
+            f"{one.edit.describe()!r} copies a tensor of shape {list(one.other.shape)} to "
+            f"{tokens[0]} rows of {tokens[1]} tokens: it must come from a run of the same batch."
+        )
+    operation, amount = _operation(one.edit)
+    return {
+        "number": one.number,
+        "operation": operation,
+        "amount": amount,
+        "vectors": vectors[id(one.edit)],
+        "mask": True if one.everywhere else one.mask,
+        "width": tokens[1],
+        "selected": one.selected,
+        "on_new": one.on_new,
+        "other": one.other,
+    }
+
+
+def _operation(edit: Edit) -> tuple[str, float]:
+    """Name and number of an edit's arithmetic, see `modeldiff.tracing`."""
+    if isinstance(edit, Steer):
+        return "add", edit.coefficient * edit.direction.scale
+    if isinstance(edit, Ablate):
+        return "ablate", 0.0
+    if isinstance(edit, ScaleAlong):
+        return "scale along", edit.factor - 1.0
+    if isinstance(edit, Clamp):
+        return "clamp", edit.value
+    if isinstance(edit, Replace):
+        return ("copy" if edit.along is None else "copy along"), 0.0
+    return "multiply", edit.factor
 
 
 def _place(batch: Batch, groups: tuple[Group, ...]) -> dict[Site, list[_Placed]]:

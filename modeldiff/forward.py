@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Event
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from modeldiff._shapes import Float
+from modeldiff._shapes import Bool, Float
 from modeldiff.architectures import module_at
 from modeldiff.batching import Batch, batches, make_batch, padding_id, padding_worth
 from modeldiff.editing import Editor, Group
-from modeldiff.errors import InterventionError, RemoteError, SiteError
+from modeldiff.errors import InterventionError, SiteError
 from modeldiff.hooks import hidden_argument, hooked, outputs_of, recorded, replay, stopping
 from modeldiff.interventions import Edit, Plan, Replace, Shape, Side, as_plan
 from modeldiff.loading import Sides
+from modeldiff.placement import input_device
 from modeldiff.sites import Site
 from modeldiff.tokens import Text, render
 
@@ -125,8 +127,13 @@ def run(
     editor = Editor(batch, (group,), reads, leaf=grad)
     if not logits and not editor.sites:
         raise InterventionError("run(logits=False) without reads or edits computes nothing.")
-    with torch.set_grad_enabled(grad), sides.on(side) as root:
-        out = _execute(sides, root, side, batch, editor, logits, engine)
+    if sides.kind == "remote":
+        from modeldiff.remote_runs import one_side
+
+        out = one_side(sides, batch, side, editor, logits=logits, grad=grad)
+    else:
+        with torch.set_grad_enabled(grad), sides.on(side) as root:
+            out = _execute(sides, root, side, batch, editor, logits, engine)
     editor.check_fired()
     return Run(batch, {site: editor.acts[site] for site in reads}, out)
 
@@ -141,25 +148,26 @@ def _execute(
     engine: Engine,
 ) -> Tensor | None:
     adapter = sides.adapter_of(side)
-    if engine == "nnsight" or sides.kind == "remote":
+    inputs = inputs_of(batch, device_of(root))
+    if engine == "nnsight":
         from modeldiff import tracing
 
-        model = traced(sides, side)
-        device = torch.device("cpu") if sides.kind == "remote" else device_of(root)
-        inputs = inputs_of(batch, device)
-        acts, out = tracing.forward(
-            model, inputs, editor, sides.site_map, adapter=adapter, logits=logits,
-            remote=sides.remote,
-        )  # fmt: skip
-        editor.acts = {Site.parse(name): h for name, h in acts.items()}
-        return out
-    inputs = inputs_of(batch, device_of(root))
+        program = editor.program(sides.site_map, adapter)
+        found = tracing.forward(traced(sides, side), inputs, program, logits=logits)
+        take_over(editor, found)
+        return found.get("logits")
     with hooked(root, sides.site_map, editor, adapter):
         if logits:
             return root(**inputs, use_cache=False).logits
         with stopping(root, *_end(sides, max(editor.sites), adapter)):
             root(**inputs, use_cache=False)
     return None
+
+
+def take_over(editor: Editor, found: dict[str, Any]) -> None:
+    """Put what a trace read and counted into its editor."""
+    editor.acts = {Site.parse(name): h for name, h in found.get("acts", {}).items()}
+    editor.fired.update(found["fired"])
 
 
 def _end(sides: Sides, site: Site, adapter: str) -> tuple[str, str]:
@@ -169,7 +177,7 @@ def _end(sides: Sides, site: Site, adapter: str) -> tuple[str, str]:
 
 def device_of(root: nn.Module) -> torch.device:
     """Device on which a model takes its inputs."""
-    return next(root.parameters()).device
+    return input_device(root)
 
 
 def traced(sides: Sides, side: Side) -> Any:
@@ -215,8 +223,17 @@ def sources(
 
 
 @torch.no_grad()
-def final_states(sides: Sides, batch: Batch, side: Side, plan: Plan) -> Tensor:
+def final_states(
+    sides: Sides, batch: Batch, side: Side, plan: Plan, cancel: Event | None = None
+) -> Tensor:
     """Run one side with edits up to the final norm: what the unembedding reads.
+
+    Args:
+        sides: The pair.
+        batch: What to run.
+        side: "base" or "finetuned".
+        plan: Edits.
+        cancel: Event that ends the wait for a server.
 
     Returns:
         ``[row, token, d_model]`` in the model's dtype.
@@ -227,6 +244,12 @@ def final_states(sides: Sides, batch: Batch, side: Side, plan: Plan) -> Tensor:
     others = sources(sides, batch.texts, plan, side, batch.pad_side)
     group = Group((0, len(batch.texts)), plan, sides.shape(side), others=others)
     editor = Editor(batch, (group,))
+    if sides.kind == "remote":
+        from modeldiff.remote_runs import states
+
+        found = states(sides, batch, side, editor, cancel=cancel)
+        editor.check_fired()
+        return found
     norm = sides.site_map.norm
     with (
         sides.on(side) as root,
@@ -259,24 +282,37 @@ class PairRun:
 
 @torch.no_grad()
 def run_pair(
-    sides: Sides, batch: Batch, reads: tuple[Site, ...] = (), *, final: bool = False
+    sides: Sides,
+    batch: Batch,
+    reads: tuple[Site, ...] = (),
+    *,
+    final: bool = False,
+    keep: Bool[Tensor, "row seq"] | None = None,
+    cancel: Event | None = None,
 ) -> PairRun:
     """Run both sides without edits; layers below the first adapted one run once.
 
     Stops after the last site that is needed and never runs the unembedding. ``lora`` sites exist
     on the fine-tuned side alone.
 
+    Args:
+        sides: The pair.
+        batch: What to run.
+        reads: Sites to return.
+        final: Also return the output of the final norm.
+        keep: Tokens that are wanted; of a remote pair the others stay zero and do not travel.
+        cancel: Event that ends the wait for a server.
+
     Raises:
         SiteError: If a site does not exist.
     """
     check_sites(reads, sides.shape("finetuned"))
-    if sides.kind == "remote":
-        raise RemoteError(
-            "captures and output diffs of remote pairs are not built yet; run() and generate() "
-            "are. Load the pair here, or read sites with pair.run(items, side=..., reads=...)."
-        )
     if not reads and not final:
         raise SiteError("run_pair: neither sites nor the final norm were asked for.")
+    if sides.kind == "remote":
+        from modeldiff.remote_runs import both_sides
+
+        return PairRun(batch, *both_sides(sides, batch, reads, final, keep, cancel))
     inputs = inputs_of(batch, device_of(sides.roots[0]))
     plain = tuple(site for site in reads if site.kind != "lora")
     if sides.kind == "two" or sides.first_changed == 0:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modeldiff._files import digest
 from modeldiff._progress import Progress, check, reporter
+from modeldiff.batch_size import fitted
 from modeldiff.batching import Batch, make_batch, padding_id
 from modeldiff.editing import Editor, Group, Silent, check_fired
 from modeldiff.errors import Cancelled, InterventionError, MaskError
@@ -124,6 +125,8 @@ class _Job:
     cancel: Event | None
     engine: Engine
     prefill: Prefill | None
+    told: dict[Row, int] = field(default_factory=dict)
+    """Tokens that `on_step` got of each row: a batch that begins again does not repeat them."""
 
 
 def generate(
@@ -160,7 +163,7 @@ def generate(
         seed: Seed of the noise.
         temperature: 0 is greedy.
         max_new_tokens: Where answers are cut.
-        max_rows: Rows of a batch.
+        max_rows: Rows of a batch; where they do not fit in memory, they are halved.
         on_step: Called after each token with the rows that got one.
         cancel: Event that stops at the next token.
         progress: Where to report, batch by batch.
@@ -170,6 +173,7 @@ def generate(
 
     Raises:
         InterventionError: If an edit did not fire, or cannot act during generation.
+        SetupError: If memory runs out on a single row.
         Cancelled: If the event is set; ``partial`` holds the finished batches' `Generations`.
     """
     texts = as_texts(sides, prompts, reply=True)
@@ -182,12 +186,14 @@ def generate(
     report = reporter(progress, "generate")
     done: dict[Row, Answer] = {}
     silent: list[Silent] = []
-    batches = _batches(job, max_rows)
+    queues = _queues(job)
+    n_rows, n_batches = sum(map(len, queues)), 0
     try:
-        for number, rows in enumerate(batches):
-            check(cancel)
-            done.update(_generate_batch(job, rows, silent))
-            report(number + 1, len(batches), f"{len(done)} answers")
+        for rows, found in _in_batches(job, queues, max_rows, silent):
+            done.update(found)
+            n_batches += 1
+            left = -(-(n_rows - len(done)) // len(rows))
+            report(n_batches, n_batches + left, f"{len(done)} answers")
     except Cancelled as cancelled:
         raise Cancelled(str(cancelled), _result(job, done)) from None
     check_fired(silent)
@@ -234,24 +240,36 @@ def _occurrences(texts: tuple[Text, ...], n: int) -> tuple[int, ...]:
     return tuple(offsets)
 
 
-def _batches(job: _Job, max_rows: int) -> list[list[Row]]:
-    """Cut all rows into batches: prompts of like length together, rows of a cell side by side."""
+def _queues(job: _Job) -> list[list[Row]]:
+    """Rows that can share batches, prompts of like length side by side."""
     order = sorted(range(len(job.texts)), key=lambda i: (job.texts[i].n_tokens, i))
-    found = []
-    for several in _together(job):
-        rows = [
-            Row(cell, prompt, sample)
-            for prompt in order
-            for cell in several
-            for sample in range(job.n)
-        ]
-        found += [rows[i : i + max_rows] for i in range(0, len(rows), max_rows)]
-    return [sorted(rows, key=lambda row: row.cell) for rows in found]
+    return [
+        [Row(cell, prompt, sample) for prompt in order for cell in several
+         for sample in range(job.n)]
+        for several in _together(job)
+    ]  # fmt: skip
+
+
+def _in_batches(
+    job: _Job, queues: list[list[Row]], max_rows: int, silent: list[Silent]
+) -> Iterator[tuple[list[Row], dict[Row, Answer]]]:
+    """Generate batch by batch, as large as memory allows; rows of a cell are side by side."""
+
+    def work(rows: list[Row]) -> dict[Row, Answer]:
+        check(job.cancel)
+        return _generate_batch(job, sorted(rows, key=lambda row: row.cell), silent)
+
+    def width(row: Row) -> int:
+        return job.texts[row.prompt].n_tokens + job.max_new_tokens
+
+    root = job.sides.roots[0]
+    for rows in queues:
+        yield from fitted(root, rows, work, what="generate", width=width, max_rows=max_rows)
 
 
 def _together(job: _Job) -> list[list[int]]:
-    """Cells that can share a batch: all of an adapter pair's, each side's of two models."""
-    if job.sides.kind == "adapter":
+    """Cells that can share a batch: all of a pair with an adapter, each side's of two models."""
+    if job.sides.adapter:
         return [list(range(len(job.cells)))]
     by_side = [[i for i, c in enumerate(job.cells) if c.side == side] for side in SIDES]
     return [cells for cells in by_side if cells]
@@ -314,6 +332,15 @@ def _decode(job: _Job, rows: list[Row], batch: Batch, editor: Editor, side: Side
         ]
     )
     streamed = _streamed(job, rows) if job.on_step else None
+    if job.sides.kind == "remote":
+        from modeldiff.remote_generation import generated
+
+        new = generated(
+            job.sides, batch, editor, side, uniform, job.temperature, job.ends, cancel=job.cancel
+        )
+        for step in range(new.shape[1] if streamed else 0):
+            streamed(step, new[:, step])  # pyright: ignore[reportOptionalCall]
+        return new
     options: dict[str, Any] = {
         "generation_config": GenerationConfig(
             max_new_tokens=job.max_new_tokens,
@@ -350,14 +377,13 @@ def _execute(
     adapter = job.sides.adapter_of(side)
     inputs = inputs_of(batch, device_of(root))
     del inputs["position_ids"]  # generate() derives them from the mask, step by step
-    if job.engine == "nnsight" or job.sides.kind == "remote":
+    if job.engine == "nnsight":
         from modeldiff import tracing
 
-        model = traced(job.sides, side)
-        return tracing.generate(
-            model, inputs, editor, job.sides.site_map, adapter=adapter,
-            remote=job.sides.remote, **options,
-        )  # fmt: skip
+        program = editor.program(job.sides.site_map, adapter)
+        found = tracing.generate(traced(job.sides, side), inputs, program, options)
+        editor.fired.update(found["fired"])
+        return found["ids"]
     with ExitStack() as stack:
         if job.prefill is not None:
             stack.enter_context(_reusing(job, job.prefill, root, batch, editor, side))
@@ -386,9 +412,10 @@ def _streamed(job: _Job, rows: list[Row]) -> Callable[[int, Tensor], None]:
 
     def report(step: int, chosen: Tensor) -> None:
         ids = chosen.tolist()
-        got = [(rows[i], ids[i]) for i in sorted(open_rows)]
+        got = [(rows[i], ids[i]) for i in sorted(open_rows) if job.told.get(rows[i], 0) == step]
+        job.told.update((row, step + 1) for row, _ in got)
         open_rows.difference_update({i for i in open_rows if ids[i] in job.ends})
-        if job.on_step is not None:
+        if job.on_step is not None and got:
             job.on_step(got)
 
     return report

@@ -12,9 +12,11 @@ from torch import Tensor
 from modeldiff._files import digest
 from modeldiff._shapes import Float
 from modeldiff._version import __version__
+from modeldiff.batch_size import each_batch
+from modeldiff.batching import Batch
 from modeldiff.dictionaries.sources import Rows
 from modeldiff.errors import MismatchError, SiteError
-from modeldiff.forward import PairRun, batched, check_sites, device_of, run_pair
+from modeldiff.forward import PairRun, check_sites, device_of, run_pair
 from modeldiff.loading import Sides
 from modeldiff.masks import Mask, parse_mask
 from modeldiff.models import ModelPair
@@ -61,6 +63,9 @@ def paired_rows(
 ) -> Iterator[tuple[list[int], dict[Site, Float[Tensor, "row model d_model"]]]]:
     """Run both sides and yield the kept rows of each batch, text by text.
 
+    Batches are halved where memory runs out; what fitted before is not remembered, so that rows
+    depend on the arguments (and the machine) alone.
+
     Args:
         sides: The pair.
         texts: Each with at least one kept token.
@@ -70,13 +75,24 @@ def paired_rows(
     Yields:
         Which texts, and their rows one text after the other, by site, in the model's dtype and on
         its device; base first.
+
+    Raises:
+        SetupError: If memory runs out on a single text.
     """
-    for batch in batched(sides, [text.text for text in texts], max_tokens):
-        run = run_pair(sides, batch, sites)
+
+    def work(batch: Batch) -> dict[Site, Tensor]:
         kept = [texts[i].kept for i in batch.order]
         row = torch.tensor([r for r, each in enumerate(kept) for _ in each])
         position = torch.tensor([p for each in kept for p in each])
-        yield list(batch.order), {site: _pairs(run, site, row, position) for site in sites}
+        if device.type == "cuda":  # before the run: copies to a GPU wait for what it computes
+            row, position = row.to(device), position.to(device)
+        run = run_pair(sides, batch, sites)
+        return {site: _pairs(run, site, row, position) for site in sites}
+
+    device = device_of(sides.roots[0])
+    several = [text.text for text in texts]
+    for batch, rows in each_batch(sides, several, max_tokens, work, what="harvest", remember=False):
+        yield list(batch.order), rows
 
 
 def _pairs(
@@ -187,8 +203,7 @@ class LiveRows:
         for which, rows in paired_rows(self.sides, texts, (self.site,), self.max_tokens):
             made = rows[self.site].to(self.dtype)
             if not len(acts):
-                acts = torch.empty((starts[-1], *made.shape[1:]), dtype=self.dtype,
-                                   device=device_of(self.sides.roots[0]))  # fmt: skip
+                acts = made.new_empty((starts[-1], *made.shape[1:]))
             spans = [torch.arange(starts[i], starts[i + 1]) for i in which]
             acts[torch.cat(spans).to(acts.device)] = made.to(acts.device)
         first = [np.arange(t.first_row, t.first_row + len(t.kept)) for t in texts]

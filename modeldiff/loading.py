@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from modeldiff._files import digest
 from modeldiff.architectures import SiteMap, adapted_modules, module_at
-from modeldiff.errors import InactiveAdapterError, MismatchError, SiteError
+from modeldiff.errors import InactiveAdapterError, MismatchError, RemoteError, SiteError
 from modeldiff.hooks import first, hidden_argument, recorded
 from modeldiff.interventions import Shape, Side
+from modeldiff.placement import input_device, real_values
 from modeldiff.sites import Site
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Sides:
         names: What the sides were loaded from, for tables and reports.
         peft: PEFT's wrapper, for ``adapter``.
         adapter: Name of the adapter that is the fine-tuned side.
-        remote: nnsight's ``remote=`` for ``remote`` pairs.
+        remote: The `modeldiff.remote_jobs.Server` of ``remote`` pairs.
     """
 
     kind: PairKind
@@ -60,7 +61,7 @@ class Sides:
     names: tuple[str, str]
     peft: "PeftModel | None" = None
     adapter: str = ""
-    remote: bool | str = False
+    remote: Any = False
     traced: dict[str, Any] = field(default_factory=dict, repr=False)
     """nnsight's wrappers by side, made when first needed."""
 
@@ -72,7 +73,7 @@ class Sides:
     @cached_property
     def lora(self) -> tuple[Site, ...]:
         """The ``lora`` sites of the active adapter."""
-        if self.kind != "adapter":
+        if not self.adapter:
             return ()
         return adapted_modules(self.roots[1], self.site_map, self.adapter)
 
@@ -93,7 +94,7 @@ class Sides:
 
     def adapter_of(self, side: Side) -> str:
         """Name of the side's active adapter, or nothing."""
-        return self.adapter if side == "finetuned" and self.kind == "adapter" else ""
+        return self.adapter if side == "finetuned" else ""
 
     @contextmanager
     def on(self, side: Side) -> "Iterator[PreTrainedModel]":
@@ -104,6 +105,12 @@ class Sides:
         """
         if side not in SIDES:
             raise MismatchError(f"side {side!r}: it is 'base' or 'finetuned'.")
+        if self.kind == "remote":
+            raise RemoteError(
+                "this needs the model's layers, and they are on a server. A remote pair can "
+                "capture, run, generate, compare outputs, be surveyed and audited; for the rest "
+                "load the pair here."
+            )
         root = self.root(side)
         with lock_of(root), _evaluating(root):
             if self.peft is None:
@@ -203,7 +210,7 @@ def _tensors_digest(root: nn.Module, adapter: str) -> str:
     shows (certainly if it is a single one) at memory speed.
     """
     parts = []
-    for name, tensor in sorted(root.state_dict().items()):
+    for name, tensor in real_values(root):
         module, _, end = name.partition(".lora_")
         if bool(end) != bool(adapter) or (adapter and end.split(".")[1] != adapter):
             continue
@@ -341,7 +348,7 @@ def _probe(root: nn.Module, site_map: SiteMap, shape: Shape, ids: Tensor) -> Ten
     entered = [last, f"{last}.{site_map.o_proj}", f"{last}.{site_map.down_proj}"]
     try:
         with recorded(root, entered) as calls:
-            logits = root(input_ids=ids.to(next(root.parameters()).device), use_cache=False).logits
+            logits = root(input_ids=ids.to(input_device(root)), use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()

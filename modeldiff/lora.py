@@ -18,9 +18,10 @@ from torch import Tensor
 from modeldiff._shapes import Float
 from modeldiff.architectures import module_at
 from modeldiff.directions import Direction
-from modeldiff.errors import DirectionError, MismatchError, SiteError
+from modeldiff.errors import DirectionError, MismatchError, RemoteError, SiteError
 from modeldiff.loading import Sides
 from modeldiff.logit_lens import LogitLens, logit_lens
+from modeldiff.placement import dense_weight
 from modeldiff.sites import Site
 from modeldiff.stats import Band, benjamini_hochberg, empirical_p, null_band
 from modeldiff.weight_spectra import LowRank, effective_rank, factored_svd, stable_rank
@@ -98,6 +99,7 @@ def adapter_modules(sides: Sides) -> tuple[AdapterModule, ...]:
 
     Raises:
         MismatchError: If the pair has no adapter.
+        RemoteError: If the weights are not here.
 
     Example:
         >>> from modeldiff.models import ModelPair
@@ -105,6 +107,8 @@ def adapter_modules(sides: Sides) -> tuple[AdapterModule, ...]:
         >>> found.name, found.rank, str(found.write_at)
         ('3.mlp.down_proj', 1, 'mlp_out.3')
     """
+    if sides.kind == "remote":
+        raise RemoteError("an adapter's weights are read, and this pair's are not here: load it.")
     if sides.kind != "adapter":
         raise MismatchError(
             "this pair has two whole models and no adapter; weight_extraction.extract_adapter "
@@ -126,7 +130,7 @@ def _module(sides: Sides, site: Site) -> AdapterModule:
         a=layer.lora_A[name].weight.detach(),
         b=layer.lora_B[name].weight.detach(),
         scale=float(layer.scaling[name]),
-        base_norm=float(layer.base_layer.weight.detach().double().norm()),
+        base_norm=float(dense_weight(layer.base_layer).double().norm()),
         read_at=None if reads is None else Site(reads, site.layer),  # pyright: ignore[reportArgumentType]
         write_at=None if writes is None else Site(writes, site.layer),  # pyright: ignore[reportArgumentType]
         gain=None if reads else _gain(sides, site, layer.lora_A[name].weight.shape[1]),

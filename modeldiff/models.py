@@ -31,6 +31,14 @@ from modeldiff.loading import (
 )
 from modeldiff.masks import Mask
 from modeldiff.outputs import OutputDiff
+from modeldiff.placement import (
+    DeviceMap,
+    Quantization,
+    check_quantization,
+    land_adapter,
+    lost_tensors,
+    placement_options,
+)
 from modeldiff.prefill import Prefill
 from modeldiff.sites import Site, parse_sites
 from modeldiff.tokens import Text
@@ -38,6 +46,8 @@ from modeldiff.tokens import Text
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from modeldiff.remote_jobs import Server
 
 
 class ModelPair:
@@ -69,11 +79,13 @@ class ModelPair:
         subfolder: str = "",
         base_revision: str | None = None,
         base_subfolder: str = "",
-        device: "str | torch.device | Mapping[str, Any] | None" = None,
+        device: "DeviceMap | None" = None,
+        device_map: "DeviceMap | None" = None,
         dtype: torch.dtype | None = None,
+        quantization: "Quantization | None" = None,
         site_map: SiteMap | None = None,
         allow_identical: bool = False,
-        remote: bool | str = False,
+        remote: "bool | str | Server" = False,
     ) -> "ModelPair":
         """Load a pair by hub id or path.
 
@@ -86,32 +98,48 @@ class ModelPair:
             subfolder: Its folder inside the repository.
             base_revision: Revision of the base.
             base_subfolder: Folder of the base inside its repository.
-            device: Device, or a ``device_map`` ("auto", a mapping); default CUDA where there is
-                one.
+            device: Default CUDA where there is one.
+            device_map: Instead of a device, for models larger than one: "auto", or where each
+                module lies, such as ``{"model.layers.0": 0, "model.layers.1": "disk"}``.
             dtype: Of the weights; default float32 on the CPU and the checkpoint's elsewhere.
+            quantization: "8bit" or "4bit" for the base under an adapter, by bitsandbytes (the
+                extra ``quant``); methods that work on the base's weights refuse it.
             site_map: For families that are not in `modeldiff.architectures.FAMILIES`.
             allow_identical: Accept a fine-tune that changes nothing, as null pairs are.
-            remote: Run on NDIF (True) or on a server (its address); no weights are loaded here.
+            remote: Run on NDIF (True), or on a server (its address, or a
+                `modeldiff.remote_jobs.Server`); no weights are loaded here.
 
         Raises:
-            MismatchError: If the two do not fit, or the adapter cannot be switched; names every
-                problem.
+            MismatchError: If the two do not fit, or the adapter cannot be switched, or the base
+                cannot be quantised; names every problem.
             InactiveAdapterError: If the fine-tune changes nothing.
             SiteError: If the family of models is not known.
-            SetupError: If no embedded organism has the name, or nothing loadable is there.
+            SetupError: If no embedded organism has the name, or nothing loadable is there, or
+                bitsandbytes is missing.
         """
         if str(base).startswith("organism:"):
-            return cls._organism(str(base), finetuned, adapter, device=device, dtype=dtype)
+            options = {"device": device, "device_map": device_map, "dtype": dtype,
+                       "quantization": quantization, "remote": remote}  # fmt: skip
+            return cls._organism(str(base), finetuned, adapter, **options)
         if (finetuned is None) == (adapter is None):
             raise MismatchError(
                 "a pair needs a base and one of finetuned= (a whole model) or adapter= (a LoRA "
                 f"adapter); got finetuned={finetuned!r}, adapter={adapter!r}."
             )
+        problems = check_quantization(
+            quantization, adapter=adapter is not None, remote=bool(remote)
+        )
+        raise_all(problems, f"quantization={quantization!r}", "Leave it out.")
         if remote:
             from modeldiff.remote_sides import remote_sides
 
-            return cls(remote_sides(base, finetuned, adapter, site_map, remote))
-        options = _options(device, dtype)
+            return cls(
+                remote_sides(
+                    base, finetuned, adapter, site_map, remote,
+                    revision=revision, base_revision=base_revision,
+                )
+            )  # fmt: skip
+        options = placement_options(device, device_map, dtype, quantization)
         tokenizer = _tokenizer(base, base_revision, base_subfolder)
         root = _model(base, base_revision, base_subfolder, options)
         if adapter is None:
@@ -332,7 +360,7 @@ class ModelPair:
         """Yield nnsight's wrapper of a side, locked and switched, for traces of your own.
 
         Inside, ``layers``, ``ln_final``, ``embed`` and ``unembed`` name the same modules in every
-        family.
+        family; of a remote pair modules have their own names, and traces need ``remote=``.
 
         Example:
             >>> pair = ModelPair.load("organism:em-rank1")
@@ -340,6 +368,9 @@ class ModelPair:
             ...     with model.trace("hello"):
             ...         h = model.layers[0].output.save()
         """
+        if self.kind == "remote":  # traces of your own say remote= themselves
+            yield self.sides.traced[side]
+            return
         with self.sides.on(side):
             yield forward.traced(self.sides, side)
 
@@ -352,12 +383,6 @@ _MERGE = (
     "Merge it (model.merge_and_unload()) and load the merged model as finetuned=; the pair then "
     "holds two copies."
 )
-
-
-def _options(device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cpu = str(where) == "cpu"
-    return {"device_map": where, "dtype": dtype or (torch.float32 if on_cpu else "auto")}
 
 
 def _tokenizer(path: Any, revision: str | None, subfolder: str, fallback: Any = None) -> Any:
@@ -378,7 +403,7 @@ def _model(path: Any, revision: str | None, subfolder: str, options: dict[str, A
         model = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, subfolder=subfolder, use_safetensors=True, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise SetupError(f"no model could be loaded from {str(path)!r}: {error}") from error
     return model.eval().requires_grad_(False)
 
@@ -442,7 +467,10 @@ def _land(peft: "PeftModel", name: str, weights: dict[str, Any], path: PathLike)
                 ((missing, "are missing"), (foreign, "have no place in the model"),
                  (differ, "have another size")) if keys]  # fmt: skip
     raise_all(problems, f"adapter {path} does not fit the base", "Is it the right base?")
+    land_adapter(peft, name)
     set_peft_model_state_dict(peft, weights, adapter_name=name)
+    lost = [f"{each} has no place on any device" for each in lost_tensors(peft, name)]
+    raise_all(lost[:5], f"adapter {path}", "Give a device_map that keeps its layers off the disk.")
 
 
 def _adapter_problems(peft: Any, name: str) -> list[str]:

@@ -135,6 +135,13 @@ class Moments:
         return self.scatter / (self.n - 1)
 
 
+def mean_and_norm(rows: Float[Tensor, "n d_model"]) -> tuple[Tensor, float]:
+    """Mean and mean norm of rows that fit in memory as float64; not finite if a row is not."""
+    double = rows.detach()
+    double = (double.cpu() if double.device.type == "mps" else double).double()  # no float64 there
+    return double.mean(0), float(double.norm(dim=1).mean())
+
+
 def nonzero_mean(
     mean: Float[Tensor, " d_model"], row_norm: float, name: str
 ) -> Float[Tensor, " d_model"]:

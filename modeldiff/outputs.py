@@ -16,9 +16,10 @@ from torch import Tensor
 
 from modeldiff._progress import Progress
 from modeldiff._shapes import Float, Int
-from modeldiff.activations import Part, stream
-from modeldiff.divergence import Block, Unembed, block_size, blocks, compare, unembedding
-from modeldiff.forward import as_texts
+from modeldiff.activations import Planned, planned
+from modeldiff.batching import Batch
+from modeldiff.divergence import compared, unembedding
+from modeldiff.forward import as_texts, run_pair
 from modeldiff.loading import SIDES, Sides
 from modeldiff.masks import Mask
 from modeldiff.stats import Interval, bootstrap_mean
@@ -119,37 +120,29 @@ _NUMERIC = [
 class _Mining:
     """Running counts over the vocabulary; memory does not grow with the number of tokens."""
 
-    def __init__(self, vocab: int, k: int) -> None:
-        self.k, self.n = k, 0
-        self.promoted = torch.zeros(vocab, dtype=torch.int64)
-        self.demoted = torch.zeros(vocab, dtype=torch.int64)
-        self.positive = torch.zeros(vocab, dtype=torch.int64)
-        self.log_ratio = torch.zeros(vocab, dtype=torch.float64)
-        self.moved = torch.zeros(vocab, dtype=torch.float64)
+    def __init__(self) -> None:
+        self.n = 0
+        self.sums: dict[str, Tensor] = {}
 
-    def add(self, block: Block) -> None:
-        ratio, vocab = block.log_ratio, len(self.promoted)
-        self.n += len(ratio)
-        top, bottom = ratio.topk(self.k, -1), ratio.topk(self.k, -1, largest=False)
-        moved_up, moved_down = top.indices[top.values > 0], bottom.indices[bottom.values < 0]
-        self.promoted += torch.bincount(moved_up.cpu(), minlength=vocab)
-        self.demoted += torch.bincount(moved_down.cpu(), minlength=vocab)
-        self.positive += (ratio > 0).sum(0).cpu()
-        self.log_ratio += ratio.sum(0, dtype=torch.float64).cpu()
-        self.moved += block.moved.sum(0, dtype=torch.float64).cpu()
+    def add(self, n: int, sums: dict[str, Tensor]) -> None:
+        """Count the tokens of a batch, see `modeldiff.divergence.compared`."""
+        self.n += n
+        known = self.sums or {name: torch.zeros_like(one) for name, one in sums.items()}
+        self.sums = {name: known[name] + one for name, one in sums.items()}
 
     def table(self, tokenizer: Any) -> pd.DataFrame:
+        vocab = len(self.sums["promoted"])
         names = token_names(tokenizer, range(len(tokenizer)))
-        names += [f"<unused {i}>" for i in range(len(names), len(self.promoted))]
+        names += [f"<unused {i}>" for i in range(len(names), vocab)]
         return pd.DataFrame(
             {
-                "token_id": range(len(self.promoted)),
-                "token": names[: len(self.promoted)],
-                "n_promoted": self.promoted.numpy(),
-                "n_demoted": self.demoted.numpy(),
-                "mean_log_ratio": (self.log_ratio / self.n).numpy(),
-                "mean_probability_change": (self.moved / self.n).numpy(),
-                "share_promoted": (self.positive / self.n).numpy(),
+                "token_id": range(vocab),
+                "token": names[:vocab],
+                "n_promoted": self.sums["promoted"].numpy(),
+                "n_demoted": self.sums["demoted"].numpy(),
+                "mean_log_ratio": (self.sums["log_ratio"] / self.n).numpy(),
+                "mean_probability_change": (self.sums["moved"] / self.n).numpy(),
+                "share_promoted": (self.sums["positive"] / self.n).numpy(),
                 "n_positions": self.n,
             }
         )
@@ -190,18 +183,13 @@ def output_diff(
     named = items if isinstance(items, Mapping) else {"texts": items}
     texts = tuple(text for several in named.values() for text in as_texts(sides, several))
     sources = [name for name, several in named.items() for _ in several]
-    heads = [unembedding(sides.root(side), sides.site_map) for side in SIDES]
     parts: list[dict[str, Tensor]] = []
-    mining: _Mining | None = None
-    for part in stream(
-        sides, texts, (), on=on, final=True, max_tokens=max_tokens, progress=progress, cancel=cancel
+    mining = _Mining()
+    for place, came, block, sums in _compared(
+        sides, texts, on, k, max_tokens, budget, progress, cancel
     ):
-        for rows, came, block in _compared(part, heads, k, budget):
-            mining = mining or _Mining(block.log_ratio.shape[1], k)
-            mining.add(block)
-            place = {"text": part.text_index[rows], "position": part.position[rows]}
-            parts.append(place | _columns(came, block))
-    assert mining is not None  # stream() raises where nothing is selected
+        mining.add(len(came), sums)
+        parts.append(place | _columns(came, block))
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((columns["position"].numpy(), columns["text"].numpy()))
     columns = {name: column[order] for name, column in columns.items()}
@@ -215,46 +203,76 @@ def output_diff(
     )
 
 
-def predictors(part: Part) -> tuple[Tensor, Tensor]:
-    """Positions that predict a part's kept tokens, as an index into its batch, and the tokens."""
+_Compared = tuple[dict[str, Tensor], Tensor, dict[str, Tensor], dict[str, Tensor]]
+
+
+def _compared(
+    sides: Sides,
+    texts: tuple[Text, ...],
+    on: "str | Mask",
+    k: int,
+    max_tokens: int,
+    budget: int,
+    progress: Progress,
+    cancel: Event | None,
+) -> Iterator[_Compared]:
+    """Yield place, token, comparison and sums over the vocabulary, batch by batch."""
+
+    def work(part: Planned) -> _Compared:
+        row, column, came = predictors(part)
+        if sides.kind == "remote":
+            from modeldiff.remote_runs import outputs_compared
+
+            block, sums = outputs_compared(
+                sides, part.batch, row, column, came, k, budget, cancel=cancel
+            )
+        else:
+            block, sums = _compared_here(sides, part.batch, row, column, came, k, budget)
+        return {"text": part.text_index, "position": part.position}, came, block, sums
+
+    for _, compared_part in planned(
+        sides, texts, work, what="output_diff", on=on, max_tokens=max_tokens,
+        progress=progress, cancel=cancel,
+    ):  # fmt: skip
+        yield compared_part
+
+
+def predictors(part: Planned) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns that predict a part's kept tokens, and these tokens."""
     row, column = part.keep.nonzero(as_tuple=True)
-    return row * part.keep.shape[1] + column - 1, part.run.batch.ids[part.keep]
+    return row, column - 1, part.batch.ids[part.keep]
 
 
 @torch.no_grad()
-def _compared(
-    part: Part, heads: list[Unembed], k: int, budget: int
-) -> Iterator[tuple[slice, Tensor, Block]]:
-    assert part.run.final is not None
-    index, came = predictors(part)
-    hidden = [final.flatten(0, 1)[index.to(final.device)] for final in part.run.final]
-    vocab = heads[0](hidden[0][:1]).shape[-1]
-    for rows in blocks(len(index), block_size(vocab, budget)):
-        base, tuned = (head(h[rows]) for head, h in zip(heads, hidden, strict=True))
-        block = compare(base, tuned.to(base.device), came[rows].to(base.device), k)
-        yield rows, came[rows], block
+def _compared_here(
+    sides: Sides, batch: Batch, row: Tensor, column: Tensor, came: Tensor, k: int, budget: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    run = run_pair(sides, batch, final=True)
+    assert run.final is not None
+    base, tuned = (final[row.to(final.device), column.to(final.device)] for final in run.final)
+    one, other = (unembedding(sides.root(side), sides.site_map) for side in SIDES)
+    return compared(base, tuned, one, other, came, k, budget)
 
 
-def _columns(came: Tensor, block: Block) -> dict[str, Tensor]:
-    both = block.top_ids[:, 0, :, None] == block.top_ids[:, 1, None, :]
-    columns = {
-        "token_id": came,
-        "kl_ft_base": block.kl_fb,
-        "kl_base_ft": block.kl_bf,
-        "js": block.js,
-        "logprob_base": block.logprob[:, 0],
-        "logprob_ft": block.logprob[:, 1],
-        "rank_base": block.rank[:, 0],
-        "rank_ft": block.rank[:, 1],
-        "entropy_base": block.entropy[:, 0],
-        "entropy_ft": block.entropy[:, 1],
-        "top1_base": block.top_ids[:, 0, 0],
-        "top1_ft": block.top_ids[:, 1, 0],
-        "top_overlap": both.any(-1).float().mean(-1),
-        "top_ids": block.top_ids,
-        "top_logprobs": block.top_logprobs,
+def _columns(came: Tensor, block: dict[str, Tensor]) -> dict[str, Tensor]:
+    both = block["top_ids"][:, 0, :, None] == block["top_ids"][:, 1, None, :]
+    pairs = {
+        f"{name}_{side}": block[name][:, index]
+        for name in ("logprob", "rank", "entropy")
+        for index, side in enumerate(("base", "ft"))
     }
-    return {name: column.cpu() for name, column in columns.items()}
+    return {
+        "token_id": came,
+        "kl_ft_base": block["kl_fb"],
+        "kl_base_ft": block["kl_bf"],
+        "js": block["js"],
+        **pairs,
+        "top1_base": block["top_ids"][:, 0, 0],
+        "top1_ft": block["top_ids"][:, 1, 0],
+        "top_overlap": both.any(-1).float().mean(-1),
+        "top_ids": block["top_ids"],
+        "top_logprobs": block["top_logprobs"],
+    }
 
 
 def _token_table(

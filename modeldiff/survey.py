@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from modeldiff._progress import Progress
-from modeldiff.activations import Part, stream
+from modeldiff.activations import Part, Planned, planned
 from modeldiff.direction_methods import mean_difference
 from modeldiff.directions import Direction
 from modeldiff.errors import DirectionError
+from modeldiff.forward import run_pair
 from modeldiff.interventions import Side
-from modeldiff.loading import Sides
+from modeldiff.loading import SIDES, Sides
 from modeldiff.masks import Mask
-from modeldiff.moments import Moments
+from modeldiff.moments import Moments, mean_and_norm
 from modeldiff.sites import Site
 from modeldiff.stats import bootstrap_mean
 from modeldiff.tokens import Text
@@ -93,33 +94,55 @@ class _Sums:
     moments: dict[Key, Moments] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, part: Part, labels: Sequence[str], halves: Sequence[int]) -> None:
-        texts: list[int] = part.text_index.unique().tolist()
-        for site in part.run.finetuned:
-            base = part.rows(part.run.base, site).float()
-            tuned = part.rows(part.run.finetuned, site).float()
-            relative = (tuned - base).norm(dim=-1) / base.norm(dim=-1)
-            cosine = torch.nn.functional.cosine_similarity(tuned, base, dim=-1).clamp(-1, 1)
-            cosine = cosine.masked_fill(relative == 0, 1.0)  # not 1 up to rounding
-            for text in texts:
-                mine = (part.text_index == text).to(base.device)
-                label: str = labels[text]
-                self._merge(("base", site, label, halves[text]), base[mine])
-                self._merge(("finetuned", site, label, halves[text]), tuned[mine])
-                self.rows.append(
-                    {
-                        "text": text,
-                        "site": str(site),
-                        "n_tokens": int(mine.sum()),
-                        "relative_difference": float(relative[mine].mean()),
-                        "cosine": float(cosine[mine].mean()),
-                    }
-                )
+    def add(
+        self, site: Site, found: dict[int, dict[str, Any]], labels: Sequence[str],
+        halves: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Take what `measured` found at a site of a batch."""
+        for text, one in found.items():
+            for side in SIDES:
+                key = side, site, labels[text], halves[text]
+                new, known = Moments(one["n"], *one[side]), self.moments.get(key)
+                if not bool(new.mean.isfinite().all()):
+                    raise DirectionError(
+                        f"activations of text {text} at {site} ({side}) are not finite. Was the "
+                        "model run in float16? Use bfloat16 or float32."
+                    )
+                self.moments[key] = new if known is None else known.merged(new)
+            self.rows.append(
+                {
+                    "text": text,
+                    "site": str(site),
+                    "n_tokens": one["n"],
+                    "relative_difference": one["relative_difference"],
+                    "cosine": one["cosine"],
+                }
+            )
 
-    def _merge(self, key: Key, rows: Tensor) -> None:
-        new = Moments.of(rows)
-        known = self.moments.get(key)
-        self.moments[key] = new if known is None else known.merged(new)
+
+def measured(base: Tensor, tuned: Tensor, text_index: Tensor) -> dict[int, dict[str, Any]]:
+    """Moments and mean differences of each text's rows ``[token, width]`` at one site.
+
+    Also run by servers without this package: builtins and tensors alone.
+
+    Returns:
+        By text: ``n``, float64 mean and mean norm of ``base`` and ``finetuned``, and the means of
+        ``relative_difference`` and ``cosine``.
+    """
+    relative = (tuned.float() - base.float()).norm(dim=-1) / base.float().norm(dim=-1)
+    cosine = torch.nn.functional.cosine_similarity(tuned.float(), base.float(), dim=-1)
+    cosine = cosine.clamp(-1, 1).masked_fill(relative == 0, 1.0)  # not 1 up to rounding
+    found = {}
+    for text in text_index.unique().tolist():
+        mine = (text_index == text).to(base.device)
+        found[text] = {
+            "n": int(mine.sum()),
+            "base": mean_and_norm(base[mine].float()),
+            "finetuned": mean_and_norm(tuned[mine].float()),
+            "relative_difference": float(relative[mine].mean()),
+            "cosine": float(cosine[mine].mean()),
+        }
+    return found
 
 
 def survey(
@@ -146,10 +169,30 @@ def survey(
     sites = tuple(Site("resid_post", layer) for layer in range(sides.shape("base").n_layers))
     halves = _halves(labels, seed)
     sums = _Sums()
-    for part in stream(sides, texts, sites, on=on, progress=progress, cancel=cancel):
-        sums.add(part, labels, halves)
+
+    def work(each: Planned) -> dict[Site, dict[int, dict[str, Any]]]:
+        return _measured(sides, each, sites, cancel)
+
+    for _, measures in planned(sides, texts, work, on=on, progress=progress, cancel=cancel):
+        for site, found in measures.items():
+            sums.add(site, found, labels, halves)
     per_text = pd.DataFrame(sums.rows).sort_values("text", kind="stable", ignore_index=True)
     return Survey(sites, sums.moments, per_text, sides.digests, seed)
+
+
+def _measured(
+    sides: Sides, each: Planned, sites: tuple[Site, ...], cancel: Event | None
+) -> dict[Site, dict[int, dict[str, Any]]]:
+    if sides.kind == "remote" and sides.adapter:
+        from modeldiff.remote_runs import surveyed
+
+        return surveyed(sides, each.batch, sites, each.keep, each.text_index, cancel=cancel)
+    run = run_pair(sides, each.batch, sites, keep=each.keep, cancel=cancel)
+    part = Part(run, each.keep, each.text_index, each.position)
+    return {
+        site: measured(part.rows(run.base, site), part.rows(run.finetuned, site), each.text_index)
+        for site in sites
+    }
 
 
 def _halves(labels: Sequence[str], seed: int) -> list[int]:

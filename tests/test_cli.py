@@ -14,6 +14,7 @@ from modeldiff import _version
 from modeldiff.audit import Audit
 from modeldiff.audit_stages import Settings
 from modeldiff.cli import DIFFERS, OK, STOPPED, WRONG, main
+from modeldiff.errors import SetupError
 from modeldiff.report import Report, Table
 from tests.families import tokenizer
 from tests.planted import LAYER, TEXTS, behaviour, planted_pair, planted_peft
@@ -75,6 +76,24 @@ def test_help_teaches_by_examples(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "usage: modeldiff" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [([], True), (["https://a.example"], "https://a.example")]
+)
+def test_a_pair_can_be_asked_of_a_server(monkeypatch, capsys, given, wanted):
+    seen = {}
+
+    def load(base, **options):
+        seen.update(options)
+        raise SetupError("no server here")
+
+    monkeypatch.setattr("modeldiff.models.ModelPair.load", load)
+    assert main(["diff", "base", "--adapter", "lora", "--remote", *given]) == WRONG
+    assert seen == {"adapter": "lora", "remote": wanted}
+    harvest = ["harvest", "base", "--adapter", "lora", "--texts", __file__, "--out", "x"]
+    assert main([*harvest, "--remote", *given]) == WRONG
+    assert "load the pair here" in capsys.readouterr().err
 
 
 def test_the_module_runs_as_a_script():

@@ -12,7 +12,8 @@ LAYERS = (
     "_version _shapes _files _progress errors seeds sites stats sampling report_text",
     "masks moments split_halves directions direction_files direction_methods direction_components "
     "direction_controls interventions",
-    "architectures tokens batching editing hooks prefill tracing loading embedded embedded_card",
+    "architectures tokens batching host_copies editing hooks prefill tracing loading placement "
+    "embedded embedded_card",
     "forward activations generation divergence outputs edit_effects survey logit_lens token_scores "
     "layer_maps remote_sides remote_jobs remote_runs remote_generation remote_errors batch_size",
     "models",

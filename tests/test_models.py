@@ -569,42 +569,6 @@ def test_the_two_sides_may_differ_in_dtype(disk):
     assert isinstance(pair.sides.config, LlamaConfig)
 
 
-def test_a_remote_pair_loads_no_weights_and_passes_remote_and_the_same_plan_on(
-    tmp_path, monkeypatch
-):
-    """The seam only: what travels is the plan that runs here."""
-    from nnsight import TransformersModel
-
-    from modeldiff.directions import Direction
-    from modeldiff.errors import RemoteError
-    from modeldiff.interventions import Steer
-    from tests.families import peft_model
-
-    model("llama").save_pretrained(tmp_path / "base")
-    tokenizer().save_pretrained(tmp_path / "base")
-    peft_model().save_pretrained(tmp_path / "adapters")
-    pair = ModelPair.load(
-        tmp_path / "base", adapter=tmp_path / "adapters" / "tuned", remote="http://127.0.0.1:1"
-    )
-    assert {p.device.type for root in pair.sides.roots for p in root.parameters()} == {"meta"}
-    assert pair.digests["base"] != pair.digests["finetuned"]
-    sent = []
-
-    def trace(self, *args, **kwargs):
-        sent.append(kwargs)
-        raise ConnectionRefusedError
-
-    monkeypatch.setattr(TransformersModel, "trace", trace)
-    steer = Steer(Direction.of(torch.randn(32), "resid_post.1", "d"))
-    for side in ("base", "finetuned"):
-        with pytest.raises(ConnectionRefusedError):
-            pair.run(["the cat"], side=side, do=steer)
-    assert [one["remote"] for one in sent] == ["http://127.0.0.1:1"] * 2
-    assert sent[0]["input_ids"].device.type == "cpu"
-    with pytest.raises(RemoteError, match="not built yet"):
-        pair.capture(["the cat"], "resid_post.1")
-
-
 @pytest.mark.parametrize("kind", ["finetuned", "adapter"])
 def test_a_base_without_a_chat_template_takes_the_fine_tunes(tmp_path, kind):
     from tests.families import peft_model

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from modeldiff import outputs
+from modeldiff import divergence
 from modeldiff.divergence import block_size, compare, kl_and_loss
 from modeldiff.models import ModelPair
 from modeldiff.outputs import TOKEN_COLUMNS, output_diff
@@ -157,9 +157,9 @@ def test_sources_are_kept_apart_and_intervals_resample_texts(adapter_pair):
 
 def test_no_tensor_of_all_tokens_by_vocabulary_exists(adapter_pair, monkeypatch):
     seen = []
-    real = outputs.compare
+    real = divergence.divergences
     monkeypatch.setattr(
-        outputs, "compare", lambda b, f, c, k: seen.append(b.shape) or real(b, f, c, k)
+        divergence, "divergences", lambda b, f, c, k: seen.append(b.shape) or real(b, f, c, k)
     )
     vocab = adapter_pair.sides.config.vocab_size
     budget = 4 * vocab * 8 * 5
