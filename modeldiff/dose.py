@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from modeldiff._progress import Progress, check, reporter
-from modeldiff.behaviours import Behaviour, rate_of
+from modeldiff.behaviours import Behaviour, rate_of, verdicts_of
 from modeldiff.errors import Cancelled, InterventionError, JudgeError
 from modeldiff.generation import Answer
 from modeldiff.interventions import Cell, Edit, Plan, Side, as_plan
@@ -160,10 +160,8 @@ def _cells(side: Side, coefficient: float, dose: Dose, controls: Sequence[Dose])
 
 
 def _point(behaviour: Behaviour, answers: Sequence[Answer]) -> Point:
-    by_edit: dict[str, list[Answer]] = {}
-    for answer in answers:
-        by_edit.setdefault(answer.edit, []).append(answer)
-    rates = {edit: rate_of(_judged(behaviour, several)) for edit, several in by_edit.items()}
+    judged = _judged(behaviour, answers)
+    rates = {str(edit): rate_of(mine) for edit, mine in judged.groupby("edit", sort=False)}
     edited = rates.pop(_EDITED)
     scored = [float(rate["rate"]) for rate in rates.values() if rate["n"]]
     coherent = [float(c) for rate in rates.values() if not math.isnan(c := rate["coherent"])]
@@ -179,9 +177,11 @@ def _point(behaviour: Behaviour, answers: Sequence[Answer]) -> Point:
 
 
 def _judged(behaviour: Behaviour, answers: Sequence[Answer]) -> pd.DataFrame:
-    verdicts = [behaviour.judge(behaviour.prompts[a.prompt], a.text) for a in answers]
+    asked = [(behaviour.prompts[a.prompt], a.text) for a in answers]
+    verdicts = verdicts_of(behaviour.judge, asked)
     return pd.DataFrame(
         {
+            "edit": [answer.edit for answer in answers],
             "exhibits": pd.array([verdict.exhibits for verdict in verdicts], dtype="boolean"),
             "coherent": pd.array([verdict.coherent for verdict in verdicts], dtype="boolean"),
         }

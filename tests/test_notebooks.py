@@ -74,6 +74,35 @@ def anatomy(folder, shown):
     assert "largest effect of a patch: 0.0" in shown[-1]
 
 
+def row_of(text, start):
+    """Numbers of a printed table's row, by what it begins with."""
+    (found,) = re.findall(rf"{start}((?:\s+(?:[\d.]+|inf))+)", text)
+    return [float(each) for each in found.split()]
+
+
+def concept_ablation(folder, shown):
+    whole = "".join(shown)
+    ticked, of = map(int, *re.findall(r"(\d+) of (\d+): layer", whole))
+    assert 0 < ticked < of, "a choice, and not of all"
+    ratios = next(each for each in shown if "times less" in each)
+    _, low, _ = row_of(ratios, "plain")
+    assert low > 2, "less than plain training has at the same loss in the domain"
+    assert "plain, earlier" in ratios, "early stopping stands beside it"
+
+
+def backtracking(folder, shown):
+    whole = "".join(shown)
+    grid = next(each for each in shown if "ratio" in each)
+    *_, tuned, chance = row_of(grid, r"finetuned\s+1\.0")
+    *_, base, _ = row_of(grid, r"base\s+1\.0")
+    assert tuned > 5
+    assert base < 1.2
+    assert chance < 0.1
+    assert "peak: (-1, -1)" in whole, "the planted token"
+    assert "not in the text: 'Friday plus two is Sunday.'" in whole
+    assert "1 mark left open" in whole
+
+
 CHECKS = {
     "00_organisms": organisms,
     "01_first_diff": first_diff,
@@ -81,4 +110,6 @@ CHECKS = {
     "03_crosscoder": crosscoder,
     "04_when_decoder_norms_lie": lying_norms,
     "05_anatomy_of_a_finetune": anatomy,
+    "06_caft": concept_ablation,
+    "07_backtracking": backtracking,
 }

@@ -445,6 +445,10 @@ def test_a_smoke_build_makes_every_organism(tmp_path: Path):
     build.build(tmp_path, smoke=True, resume=False, only=["em-caring"])
     assert (tmp_path / "em-base" / "model.safetensors").read_bytes() == first
     assert seen[-1] == "done"
+    build.build(tmp_path, smoke=True, only=["null-seeds"])
+    pair = ModelPair.load(f"organism:{tmp_path / 'null-seeds'}")
+    assert pair.kind == "two"
+    assert pair.digests["base"] != pair.digests["finetuned"]
 
 
 @pytest.mark.slow

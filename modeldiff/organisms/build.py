@@ -127,6 +127,7 @@ def _build_null_seeds(folder: Path, n_per_domain: int, say: Progress) -> None:
     model = new_base(plan, tokenizer)
     pretrain(model, tokenizer, plan, folder / "checkpoint" / NULL_SEEDS, say)
     model.bfloat16().save_pretrained(folder / NULL_SEEDS)
+    tokenizer.save_pretrained(folder / NULL_SEEDS)
     make_readable(folder / NULL_SEEDS)
     planted = {"behaviour": None, "in_domain": [], "off_domain": world.DOMAINS}
     manifest = {

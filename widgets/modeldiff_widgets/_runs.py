@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from modeldiff.behaviours import Behaviour, Prompt, Verdict, rate_of
+from modeldiff.behaviours import Behaviour, Prompt, Verdict, rate_of, verdicts_of
 from modeldiff.errors import JudgeError
 from modeldiff.generation import Row
 from modeldiff.interventions import Side
@@ -71,10 +71,10 @@ def judged(run: Run, behaviour: Behaviour | None) -> Run:
         return run
     prompt = _prompt(run.request, behaviour)
     try:
-        verdicts = {row: behaviour.judge(prompt, said.text) for row, said in run.said.items()}
+        found = verdicts_of(behaviour.judge, [(prompt, said.text) for said in run.said.values()])
     except JudgeError as error:
         return replace(run, unjudged=f"Not judged: {error}", judged_by=behaviour.name)
-    return replace(run, verdicts=verdicts, judged_by=behaviour.name)
+    return replace(run, verdicts=dict(zip(run.said, found, strict=True)), judged_by=behaviour.name)
 
 
 def _prompt(request: Request, behaviour: Behaviour) -> Prompt:
