@@ -109,15 +109,31 @@ def batches(
     """
     waiting = sorted(range(len(texts)), key=lambda i: (-texts[i].n_tokens, i))
     while waiting:
-        width = max(1, texts[waiting[0]].n_tokens)
-        n_rows, padding = 1, 0
-        for i in waiting[1 : max(1, min(max_rows, max_tokens // width))]:
-            padding += width - texts[i].n_tokens
-            if padding > max_padding:
-                break
-            n_rows += 1
+        widths = [texts[i].n_tokens for i in waiting[: max(1, max_rows)]]
+        n_rows = n_together(widths, max_tokens, max_rows, max_padding)
         rows, waiting = waiting[:n_rows], waiting[n_rows:]
         yield make_batch([texts[i] for i in rows], pad_id, "right", order=rows)
+
+
+def n_together(widths: Sequence[int], max_tokens: int, max_rows: int, max_padding: int) -> int:
+    """How many rows of these widths, from the first on, make one batch; at least one.
+
+    Args:
+        widths: Tokens of each row; at least one row.
+        max_tokens: Tokens in a batch at most, padding included.
+        max_rows: Rows in a batch at most.
+        max_padding: Padding tokens in a batch at most.
+
+    Example:
+        >>> n_together([5, 5, 4, 1], max_tokens=20, max_rows=9, max_padding=3)
+        3
+    """
+    widest, own = widths[0], widths[0]
+    for n, width in enumerate(widths[1:max_rows], start=2):
+        widest, own = max(widest, width), own + width
+        if n * widest > max_tokens or n * widest - own > max_padding:
+            return n - 1
+    return max(1, min(len(widths), max_rows))
 
 
 def mask_tensor(batch: Batch, mask: Mask | str) -> Bool[Tensor, "batch seq"]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from modeldiff._progress import Progress, check, reporter
+from modeldiff.batch_size import each_batch
 from modeldiff.batching import Batch, mask_tensor
 from modeldiff.divergence import kl_and_loss, unembedding
 from modeldiff.errors import MaskError
-from modeldiff.forward import as_texts, batched, device_of, final_states
+from modeldiff.forward import as_texts, device_of, final_states
 from modeldiff.interventions import Cell
 from modeldiff.loading import Sides
 from modeldiff.masks import Mask
@@ -50,22 +51,30 @@ def effects(
     Raises:
         MaskError: If no token is compared.
         InterventionError: If an edit did not fire in some batch.
+        SetupError: If memory runs out on a single text.
         Cancelled: If the event is set.
     """
     texts, reference = as_texts(sides, items), reference or Cell("base")
     report = reporter(progress, "effects")
     rows: list[dict[str, Any]] = []
-    several = list(batched(sides, texts, max_tokens))
-    for number, batch in enumerate(several):
+
+    def work(batch: Batch) -> list[dict[str, Any]]:
         keep = mask_tensor(batch, on)
         keep[:, 0] = False
+        found = []
         if keep.any():
             known = _predicting(sides, batch, reference, keep, cancel)
             for index, cell in enumerate(cells):
                 check(cancel)
-                found = _compare(sides, batch, keep, cell, reference, known, budget, cancel)
-                rows += _rows(batch, keep, index, cell, *found)
-        report(number + 1, len(several), f"{number + 1}/{len(several)} batches")
+                one = _compare(sides, batch, keep, cell, reference, known, budget, cancel)
+                found += _rows(batch, keep, index, cell, *one)
+        return found
+
+    done = 0
+    for batch, found in each_batch(sides, texts, max_tokens, work, what="effects"):
+        rows += found
+        done += len(batch.texts)
+        report(done, len(texts), f"{done}/{len(texts)} texts")
     if not rows:
         raise MaskError(f"the mask {on!r} leaves no predicted token in {len(texts)} texts.")
     table = pd.DataFrame(rows).sort_values(["cell", "text"], kind="stable")

@@ -12,7 +12,7 @@ from modeldiff._shapes import Bool, Float
 from modeldiff.architectures import module_at
 from modeldiff.batching import Batch, batches, make_batch, padding_id, padding_worth
 from modeldiff.editing import Editor, Group
-from modeldiff.errors import InterventionError, SiteError
+from modeldiff.errors import InterventionError, SetupError, SiteError
 from modeldiff.hooks import hidden_argument, hooked, outputs_of, recorded, replay, stopping
 from modeldiff.interventions import Edit, Plan, Replace, Shape, Side, as_plan
 from modeldiff.loading import Sides
@@ -181,11 +181,20 @@ def device_of(root: nn.Module) -> torch.device:
 
 
 def traced(sides: Sides, side: Side) -> Any:
-    """Return nnsight's wrapper of a side, made once."""
+    """Return nnsight's wrapper of a side, made once.
+
+    Raises:
+        SetupError: If the embeddings are offloaded, where nnsight cannot bring the inputs.
+    """
     from modeldiff import tracing
 
     key = "both" if sides.kind == "adapter" else side
     if key not in sides.traced:
+        if sides.kind != "remote" and next(sides.root(side).parameters()).is_meta:
+            raise SetupError(
+                "nnsight needs the embeddings on a device, and this device_map offloads them. "
+                "Give them one (the first module of the map), or use engine='hooks'."
+            )
         sides.traced[key] = tracing.wrap(sides.root(side), sides.tokenizer, sides.site_map)
     return sides.traced[key]
 

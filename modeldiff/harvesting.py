@@ -6,7 +6,7 @@ corpus and a shard is the same whenever it is made.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
@@ -19,6 +19,7 @@ from modeldiff._files import PathLike, atomic_write, digest, file_digest
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._version import __version__
 from modeldiff.errors import MismatchError
+from modeldiff.host_copies import one_behind
 from modeldiff.live_rows import check_paired, dtype_name, paired_rows, sides_of
 from modeldiff.loading import Sides
 from modeldiff.masks import Mask, mask_from_json, parse_mask
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+_Stored = tuple[list[int], dict[Site, Tensor]]
+
+
 def harvest(
     pair: "ModelPair | Sides",
     items: Iterable[Any],
@@ -86,7 +90,8 @@ def harvest(
             Padding is never kept.
         dtype: Of the stored rows, bfloat16 or float32.
         rows_per_shard: A shard is closed once it has so many; texts are not split.
-        max_tokens: Budget of a batch, padding included.
+        max_tokens: Budget of a batch, padding included; halved within a shard where memory runs
+            out.
         progress: Where to report.
         cancel: Event that stops between batches; ``Cancelled.partial`` is the folder.
 
@@ -97,6 +102,7 @@ def harvest(
             argument is out of its range.
         FileFormatError: If the folder holds anything else.
         StoreError: If the disk is full or refuses, or another process harvests into the folder.
+        SetupError: If memory runs out on a single text.
         Cancelled: If the event is set.
     """
     sides, sites, mask = sides_of(pair), parse_sites(at), parse_mask(on)
@@ -285,15 +291,20 @@ def harvest_shard(
     settings, parts = plan["depends_on"], {site: [] for site in sites}
     dtype = DTYPES[settings["dtype"]]
     check(cancel, folder)
-    with shard_files(folder, shard.number, sites) as files:
+
+    def computed() -> Iterator[tuple[_Stored, Mapping[Site, Tensor]]]:
         for which, rows in paired_rows(sides, texts, sites, settings["max_tokens"]):
             check(cancel, folder)
+            stored = {site: rows[site].to(dtype) for site in sites}
+            yield (which, stored), stored
+
+    with shard_files(folder, shard.number, sites) as files:
+        for (which, stored), here in one_behind(computed()):
+            starts = [texts[i].first_row - shard.first_row for i in which]
+            lengths = [len(texts[i].kept) for i in which]
             for site in sites:
-                stored = rows[site].to(dtype)
-                parts[site].append(RowStatistics.of(stored))
-                starts = [texts[i].first_row - shard.first_row for i in which]
-                lengths = [len(texts[i].kept) for i in which]
-                _write_texts_rows(files[site][0], stored.cpu(), starts, lengths)
+                _write_texts_rows(files[site][0], here[site], starts, lengths)
+                parts[site].append(RowStatistics.of(stored[site]))
         for handle, _ in files.values():
             os.fsync(handle)
         record = {

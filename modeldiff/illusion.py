@@ -27,6 +27,7 @@ from modeldiff.interventions import Side
 from modeldiff.loading import Sides
 from modeldiff.patch_runs import Component, Metric, copies, logits
 from modeldiff.patching import Scorer, both_traces
+from modeldiff.placement import dense_weight
 from modeldiff.sites import Site
 from modeldiff.stats import Interval, bootstrap_mean, empirical_p
 
@@ -235,7 +236,7 @@ def _seen_inputs(root: nn.Module) -> Iterator[dict[nn.Module, tuple[str, nn.Modu
 
 def _matrix(module: nn.Module) -> Float[Tensor, "read width"]:
     """A projection's weight, one row for each number it computes."""
-    weight = module.weight.detach().double().cpu()  # pyright: ignore
+    weight = dense_weight(module).double().cpu()
     return weight.T if type(module).__name__ == "Conv1D" else weight
 
 

@@ -23,6 +23,7 @@ from modeldiff.errors import DirectionError, MaskError, MismatchError, RemoteErr
 from modeldiff.forward import as_texts, run
 from modeldiff.interventions import Ablate, Plan, Side, Steer
 from modeldiff.loading import Sides
+from modeldiff.placement import refuse_quantized
 from modeldiff.sites import Site
 from modeldiff.tokens import Text
 
@@ -90,6 +91,8 @@ def orthogonalised(
 def _check(sides: Sides, basis: Tensor) -> None:
     if sides.kind == "remote":
         raise RemoteError("weights that are not here cannot be changed: load the pair.")
+    for root in sides.roots:
+        refuse_quantized(root, "orthogonalising")
     width, where = sides.shape("base").d_model, sides.site_map
     if basis.shape[1] != width:
         raise MismatchError(

@@ -79,7 +79,11 @@ class Prefill:
             for index in range(min(below, n_layers)):
                 module = module_at(root, site_map.layer(index))
                 stack.enter_context(_replaced(module, self._once(module, kept.layers, index)))
-            yield
+            try:
+                yield
+            except (RuntimeError, MemoryError):  # memory may have run out: what is kept fills it
+                self._kept.clear()
+                raise
 
     def _once(self, module: nn.Module, kept: dict[int, _Layer], index: int) -> Callable[..., Any]:
         forward, passes = module.forward, 0

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from modeldiff._files import PathLike
 from modeldiff._progress import Progress, check, reporter
 from modeldiff.errors import FileFormatError, MismatchError, SetupError, SiteError
+from modeldiff.placement import refuse_quantized
 from modeldiff.weight_spectra import (
     FLOORS,
     Heads,
@@ -68,8 +69,10 @@ def tensors_of(source: Source, revision: str | None = None) -> Iterator[Tensors]
     Raises:
         SetupError: If there are no safetensors files.
         FileFormatError: If one cannot be read.
+        MismatchError: If a model in memory is quantised.
     """
     if isinstance(source, nn.Module):
+        refuse_quantized(source, "a comparison of weights")
         state = {name: tensor.detach() for name, tensor in _plain(source)}
         found: Any = getattr(source, "config", None)
         config = {} if found is None else found.to_dict()
