@@ -256,10 +256,12 @@ class _Run:
         """Train to the next measurement, inside the context."""
         every, plan, first = self.plan.evaluate_every, self.plan, self.step
         until = min(self.total, (first // every + 1) * every) if self.held_out else self.total
+        known = self.records[-1]["held_out_loss"]
+        held_out = "" if known is None else f", held-out {known:.4f} after {first}"
         with self.around(self.model) if self.around else nullcontext() as monitor:
             while self.step < until and not (cancel is not None and cancel.is_set()):
                 self.advance()
-                report(self.step, self.total, f"loss {self.records[-1]['loss']:.4f}")
+                report(self.step, self.total, f"loss {self.records[-1]['loss']:.4f}{held_out}")
                 if plan.checkpoint_every and self.step % plan.checkpoint_every == 0:
                     self.write(f"checkpoints/checkpoint-{self.step}")
                 if self.step % plan.save_every == 0:

@@ -12,8 +12,8 @@ before = len(_instances)
 """
 OPEN = "wb = Workbench(pair)\nwb"
 TABS = (
-    "Compare", "Tokens", "Steer and ablate", "Layer map", "Patch map", "Directions", "Lens",
-    "LoRA lab", "Checkpoints", "Latents", "Training", "Chat",
+    "Compare", "Behaviour", "Tokens", "Steer and ablate", "Layer map", "Patch map", "Directions",
+    "Lens", "LoRA lab", "Checkpoints", "Latents", "Training", "Chat", "CAFT",
 )  # fmt: skip
 IDLE = "not wb.jobs.current and not wb.jobs.n_waiting and wb.bar.error == ['', '']"
 _TOO_WIDE = """e => [...e.querySelectorAll('.mdw *')].filter(c => c.checkVisibility()
@@ -33,6 +33,11 @@ def go_to(out: Any, title: str) -> None:
     tab = out.get_by_role("tab", name=title, exact=True)
     tab.click()
     tab.and_(out.locator(".lm-mod-current")).wait_for()
+    in_place(out, title)
+
+
+def in_place(out: Any, title: str = "") -> None:
+    """Nothing may stick out or be without a name."""
     assert out.evaluate(_TOO_WIDE) == [], title
     assert out.evaluate(_UNNAMED) == [], title
 

@@ -66,7 +66,11 @@ MAKERS = {
     "alert": lambda t: _render.alert(t, t),
     "facts": lambda t: _render.facts({t: t}),
     "table": lambda t: _render.table([t], [[t], [t]], caption=t),
-    "frame": lambda t: _render.frame(pd.DataFrame({t: [t], "token": [t]}), caption=t),
+    "passage": lambda t: _render.passage(t, [("", t), ("peak", t)]),
+    "frame": lambda t: _render.frame(  # pyarrow's strings, where there are any, hold no surrogates
+        pd.DataFrame([[t, t]], columns=pd.Index([t, "token"], dtype=object), dtype=object),
+        caption=t,
+    ),
     "bar": lambda t: _render.bar(0.5, t),
     "top": lambda t: _render.top_tokens({t: [(t, 0.5)]}),
     "columns": lambda t: _render.columns([(t, t, _render.note(t))]),

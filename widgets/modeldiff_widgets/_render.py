@@ -240,6 +240,11 @@ def marked(parts: Iterable[Sequence[str]]) -> str:
     return _flowing([_marked(text, "ins" if mark else "") for mark, text in parts])
 
 
+def passage(said: str, parts: Iterable[Sequence[str]]) -> str:
+    """A passage as `marked` shows it, below what is said of it."""
+    return f'<div class="mdw-passage" style="margin:0 0 8px">{note(said)}{marked(parts)}</div>'
+
+
 def _marked(text: str, tag: str) -> str:
     inner = esc(text).replace("\n", "<br>")
     return f'<{tag} class="mdw-{tag}">{inner}</{tag}>' if tag and text else inner

@@ -17,6 +17,8 @@ from modeldiff_widgets._jobs import JobRunner
 from modeldiff_widgets._panel import Panel, close_tree, display_with_slot, show_pins
 from modeldiff_widgets._state import AuditState
 from modeldiff_widgets._theme import column
+from modeldiff_widgets.behaviour import Behaviour
+from modeldiff_widgets.caft import Caft
 from modeldiff_widgets.chat import Chat
 from modeldiff_widgets.checkpoints import Checkpoints
 from modeldiff_widgets.compare import Compare
@@ -31,8 +33,8 @@ from modeldiff_widgets.tokens import Tokens
 from modeldiff_widgets.training import Training
 
 PANELS: tuple[type[Panel], ...] = (
-    Compare, Tokens, Edits, LayerMap, PatchMap, Directions, Lens, LoraLab, Checkpoints, Latents,
-    Training, Chat,
+    Compare, Behaviour, Tokens, Edits, LayerMap, PatchMap, Directions, Lens, LoraLab, Checkpoints,
+    Latents, Training, Chat, Caft,
 )  # fmt: skip
 """What `Workbench` shows, in the order of its tabs."""
 

@@ -38,6 +38,7 @@ function render({ model, el }) {
   function line(cells, index) {
     const row = make("tr");
     row.setAttribute("role", "row");
+    if (model.get("tickable")) row.append(box(cells, index));
     cells.forEach((value, column) => {
       const cell = make("td", model.get("numeric").includes(column) ? "num" : "");
       const [text, colour] = Array.isArray(value) ? value : [value, ""];
@@ -53,6 +54,29 @@ function render({ model, el }) {
     return row;
   }
 
+  function box(cells, index) {
+    const cell = make("td", "tick"), input = make("input");
+    input.type = "checkbox";
+    input.tabIndex = -1; // the space key ticks the chosen row
+    const [first] = [cells[0]].flat();
+    input.setAttribute("aria-label", `tick ${visible(first)}`);
+    input.addEventListener("change", () => tick(index, input.checked));
+    cell.append(input);
+    return cell;
+  }
+
+  function tick(index, on) {
+    const ids = model.get("ids");
+    if (index >= 0 && index < ids.length) model.send({ kind: "tick", id: ids[index], on });
+  }
+
+  function check() {
+    const ids = model.get("ids"), ticked = model.get("ticked");
+    if (model.get("tickable")) lines.forEach((row, index) => {
+      row.querySelector("input").checked = ticked.includes(ids[index]);
+    });
+  }
+
   function choose(index) {
     const ids = model.get("ids");
     if (index >= 0 && index < ids.length) model.send({ kind: "choose", id: ids[index] });
@@ -60,6 +84,7 @@ function render({ model, el }) {
 
   function draw() {
     const top = make("tr");
+    if (model.get("tickable")) top.append(make("th", "tick", "✓"));
     top.append(...model.get("headings").map(heading));
     head.replaceChildren(top);
     lines = model.get("rows").map(line);
@@ -68,6 +93,7 @@ function render({ model, el }) {
     note.hidden = !note.textContent;
     table.setAttribute("aria-label", visible(model.get("label")));
     mark();
+    check();
   }
 
   function mark() {
@@ -85,6 +111,11 @@ function render({ model, el }) {
   }
 
   table.addEventListener("keydown", (event) => {
+    const chosen = model.get("ids").indexOf(model.get("selected"));
+    if (event.key === " " && model.get("tickable") && chosen >= 0) {
+      event.preventDefault();
+      tick(chosen, !model.get("ticked").includes(model.get("selected")));
+    }
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (!step) return;
     event.preventDefault();
@@ -96,11 +127,13 @@ function render({ model, el }) {
   const later = () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(draw); };
   redraw.forEach((name) => model.on(`change:${name}`, later));
   model.on("change:selected", mark);
+  model.on("change:ticked", check);
   draw();
   return () => {
     cancelAnimationFrame(waiting);
     redraw.forEach((name) => model.off(`change:${name}`, later));
     model.off("change:selected", mark);
+    model.off("change:ticked", check);
   };
 }
 
