@@ -60,10 +60,12 @@ class _Placed:
 
 
 def _other(edit: Edit, site: Site, group: Group) -> Tensor | None:
-    source = getattr(edit, "source", None)
-    if source is None:
+    if not isinstance(edit, Replace):
         return None
-    return group.others[source, site] if isinstance(source, str) else source
+    source = edit.source
+    other = group.others[source, site] if isinstance(source, str) else source
+    edit.check_width(other.shape[-1])
+    return other
 
 
 Silent = dict[tuple[int, int, Site], str]
@@ -271,8 +273,8 @@ def _plain(one: _Placed, vectors: dict[int, Tensor]) -> dict[str, Any]:
     }
 
 
-def _operation(edit: Edit) -> tuple[str, float]:
-    """Name and number of an edit's arithmetic, see `modeldiff.tracing`."""
+def _operation(edit: Edit) -> tuple[str, float | tuple[int, int]]:
+    """Name and numbers of an edit's arithmetic, see `modeldiff.tracing`."""
     if isinstance(edit, Steer):
         return "add", edit.coefficient * edit.direction.scale
     if isinstance(edit, Ablate):
@@ -282,6 +284,8 @@ def _operation(edit: Edit) -> tuple[str, float]:
     if isinstance(edit, Clamp):
         return "clamp", edit.value
     if isinstance(edit, Replace):
+        if edit.channels is not None:
+            return "copy channels", edit.channels
         return ("copy" if edit.along is None else "copy along"), 0.0
     return "multiply", edit.factor
 

@@ -251,15 +251,40 @@ class Replace(_Composes):
         along: If given, only the component along this direction is replaced.
         where: Tokens that existed before generation; generated tokens have no counterpart in the
             other model's run, so ``generate`` needs ``where="prompt"`` or narrower.
+        channels: If given, only these channels are replaced: the first, and the one after the
+            last. Head i of width w is ``(i * w, (i + 1) * w)`` of a ``z`` site.
+
+    Raises:
+        InterventionError: If the channels are no range, or are given beside a direction.
 
     Source:
         Interchange interventions, Geiger et al. 2021, 2106.02997.
+
+    Example:
+        >>> Replace("z.2", channels=(8, 16)).describe()
+        'replace z.2[8:16] from base'
     """
 
     at: "str | Site | tuple[str | Site, ...]"
     source: "Side | Float[Tensor, 'batch seq width']" = "base"
     along: Direction | None = None
     where: "str | Mask" = "all"
+    channels: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.channels is None:
+            return
+        several = tuple(self.channels)
+        whole = len(several) == 2 and all(type(each) is int for each in several)
+        if not whole or not 0 <= several[0] < several[1]:
+            raise InterventionError(
+                f"channels={self.channels}: give the first and the one after the last, e.g. (0, 8)."
+            )
+        if self.along is not None:
+            raise InterventionError(
+                "Replace takes channels, or a component along a direction, not both: leave one out."
+            )
+        object.__setattr__(self, "channels", several)
 
     def sites(self, shape: Shape) -> tuple[Site, ...]:
         """Sites at which this acts."""
@@ -279,15 +304,32 @@ class Replace(_Composes):
         """Edit float32 activations ``[row, token, width]``; a new tensor."""
         if other is None:
             raise InterventionError("Replace has no activations to copy for these tokens.")
+        self.check_width(h.shape[-1])
+        if self.channels is not None:
+            first, stop = self.channels
+            return torch.cat([h[..., :first], other.to(h)[..., first:stop], h[..., stop:]], -1)
         if self.along is None:
             return other.to(h, copy=True)
         return h + ((other.to(h) - h) @ vectors.T) @ vectors
+
+    def check_width(self, width: int) -> None:
+        """Verify that activations have the channels that are replaced.
+
+        Raises:
+            InterventionError: If they are narrower.
+        """
+        if self.channels is not None and self.channels[1] > width:
+            raise InterventionError(
+                f"{self.describe()!r}: the activations there have channels 0 to {width - 1}."
+            )
 
     def describe(self) -> str:
         """One line for tables and plots."""
         origin = self.source if isinstance(self.source, str) else "another run"
         what = f" along {self.along.name}" if self.along else ""
-        return f"replace {', '.join(map(str, parse_sites(self.at)))}{what} from {origin}"
+        part = "[{}:{}]".format(*self.channels) if self.channels else ""
+        sites = ", ".join(f"{site}{part}" for site in parse_sites(self.at))
+        return f"replace {sites}{what} from {origin}"
 
 
 @final
@@ -383,7 +425,8 @@ def _edit_key(edit: Edit) -> list[object]:
     head = [type(edit).__name__, where, digest(vectors)]
     if isinstance(edit, Replace):
         origin = edit.source if isinstance(edit.source, str) else _tensor_key(edit.source)
-        return [*head, [str(site) for site in parse_sites(edit.at)], origin]
+        channels = [] if edit.channels is None else [list(edit.channels)]  # old keys stay
+        return [*head, [str(site) for site in parse_sites(edit.at)], origin, *channels]
     layers = list(edit.layers) if isinstance(edit.layers, tuple) else edit.layers
     if isinstance(edit, ScaleAdapter):
         return [*head, layers, float(edit.factor), list(edit.modules)]

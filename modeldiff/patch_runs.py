@@ -236,6 +236,12 @@ def n_heads(sides: Sides, part: Part) -> int:
     return shared if part == "key" and shared else config.num_attention_heads
 
 
+def head_width(sides: Sides) -> int:
+    """Channels of one head in a ``z`` site."""
+    config = sides.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def columns_of(sides: Sides, component: Component, width: int) -> slice:
     """Channels of a component in its place.
 

@@ -45,8 +45,8 @@ class ProbeResult:
         name: What was read and how.
         train: The side it was fitted on.
         test: The side it was tried on.
-        auroc: Over held-out pairs within folds; the interval resamples groups, and is a little too
-            narrow (it missed .5 in 6 of 60 null cases at 95 %): claims need shuffled labels.
+        auroc: Over held-out pairs within folds; the interval resamples groups and allows for fits
+            that overlap (`held_out_auroc`). Claims need shuffled labels beside it.
         fpr: False alarms at a threshold that finds ``tpr`` of the positives.
         tpr: That share.
         penalties: What each fold chose.

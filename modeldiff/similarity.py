@@ -3,6 +3,10 @@
 Norms and cosines of single tokens, linear CKA, and principal angles. A few tokens, mostly the first
 of a text, have activations many times as long as all others; every figure that they could carry
 alone is given with and without them.
+
+All of these are sizes, not findings. Noise of 2 % on the weights, which teaches nothing, moves
+every token and turns the spans of principal components by up to 13 degrees. Whether a size means
+something is told by that of null pairs (`modeldiff.organisms.nulls`), or not at all.
 """
 
 from collections.abc import Sequence
@@ -259,8 +263,9 @@ def by_position(tokens: pd.DataFrame, *, last: int = 16, seed: int = 0) -> pd.Da
         seed: Of the bootstrap.
 
     Returns:
-        One row a site and position: site, position, n, relative, low, high, norm_base, massive
-        (share of these tokens).
+        One row a site and position: site, position, n, relative, low, high (95 %), norm_base,
+        massive (share of these tokens). A length is never negative: wherever the sides are not
+        equal to the bit the interval lies above 0, and that says no more than this.
     """
     rows = []
     near = tokens[tokens["position"] <= last]
@@ -296,7 +301,9 @@ def massive_guard(tokens: pd.DataFrame) -> pd.DataFrame:
         One row a site: site, n_tokens, n_massive, positions (those of massive tokens),
         energy_share and difference_share (their part of Σ‖h_base‖² and of Σ‖h_ft - h_base‖²),
         relative, cosine (means over tokens), pooled_relative (√(Σ‖h_ft - h_base‖² / Σ‖h_base‖²)),
-        the same three ``_without`` them, and dominated: whether a share exceeds a half.
+        the same three ``_without`` them, and dominated: whether a share exceeds a half. It warns
+        of figures that few tokens carry, whether or not anything was taught: ``energy_share`` is
+        measured on the base's activations.
     """
     return pd.DataFrame([
         _guard_row(str(site), part) for site, part in tokens.groupby("site", sort=False)

@@ -141,7 +141,7 @@ def _applied(edit: dict[str, Any], h: Tensor, step: int, fired: dict[int, int]) 
 
 
 def _arithmetic(
-    operation: str, amount: float, h: Tensor, vectors: Tensor, other: Tensor | None
+    operation: str, amount: Any, h: Tensor, vectors: Tensor, other: Tensor | None
 ) -> Tensor:
     """The formulas of `modeldiff.interventions`, bit for bit, for where its classes are not."""
     if operation == "add":
@@ -158,6 +158,9 @@ def _arithmetic(
         raise ValueError("no activations to copy for these tokens.")
     if operation == "copy":
         return other.to(h, copy=True)
+    if operation == "copy channels":
+        first, stop = amount
+        return torch.cat([h[..., :first], other.to(h)[..., first:stop], h[..., stop:]], -1)
     return h + ((other.to(h) - h) @ vectors.T) @ vectors
 
 

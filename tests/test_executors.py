@@ -42,6 +42,7 @@ def everything(width=48):
         + Ablate(direction(4, "z.1"), layers=None)
         + Steer(direction(6, "resid_pre.2"), 0.3)
         + Replace("resid_post.0", "base", along=d, where="prompt")
+        + Replace(("z.3", "attn_out.0"), "base", where="prompt", channels=(8, 16))
     )
 
 

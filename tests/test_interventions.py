@@ -155,6 +155,39 @@ def test_replacing_along_a_direction_takes_that_component_alone(seed):
         Replace("resid_post.1", "base").apply(h, torch.empty(0, 0), None)
 
 
+def test_replacing_channels_takes_those_alone():
+    h, other = acts(0), acts(1)
+    out = Replace("z.1", channels=(3, 7)).apply(h, torch.empty(0, 0), other)
+    assert torch.equal(out[..., 3:7], other[..., 3:7])
+    assert torch.equal(out[..., :3], h[..., :3])
+    assert torch.equal(out[..., 7:], h[..., 7:])
+    whole = Replace("z.1", channels=(0, h.shape[-1])).apply(h, torch.empty(0, 0), other)
+    assert torch.equal(whole, other)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(), (3, 3), (5, 2), (-1, 2), (1,), (1, 2, 3), (0.0, 2.0), (False, 1)]
+)
+def test_channels_that_are_no_range_are_refused(wrong):
+    with pytest.raises(InterventionError, match="one after the last"):
+        Replace("z.1", channels=wrong)
+
+
+def test_channels_beside_a_direction_are_refused():
+    with pytest.raises(InterventionError, match="not both"):
+        Replace(SITE, along=direction(), channels=(0, 4))
+
+
+@pytest.mark.parametrize("engine", ["hooks", "nnsight"])
+@pytest.mark.parametrize("by_tensor", [False, True])
+def test_channels_that_do_not_exist_are_refused(family_pairs, engine, by_tensor):
+    """A slice that reaches too far would be cut in silence."""
+    pair = family_pairs["llama"]
+    source = pair.run(TEXTS, side="base", reads=SITE).acts[SITE] if by_tensor else "base"
+    with pytest.raises(InterventionError, match=f"channels 0 to {WIDTH - 1}"):
+        pair.run(TEXTS, do=Replace(SITE, source, channels=(8, WIDTH + 1)), engine=engine)
+
+
 def test_a_copy_from_the_other_model_is_no_view_of_it():
     """Someone who writes to what comes out must not write to the other model's activations."""
     other = acts(1)
@@ -355,6 +388,8 @@ def variants():
         "along": Replace("resid_post.1", along=d),
         "along other": Replace("resid_post.1", along=e),
         "replace where": Replace("resid_post.1", where="prompt"),
+        "channels": Replace("resid_post.1", channels=(0, 4)),
+        "other channels": Replace("resid_post.1", channels=(0, 5)),
         "tensor": Replace("resid_post.1", tensor),
         "other tensor": Replace("resid_post.1", tensor + 1),
         "reshaped tensor": Replace("resid_post.1", tensor.reshape(2, 4, 3)),
@@ -392,12 +427,21 @@ def test_writing_an_argument_differently_does_not_change_the_key():
         (Clamp(d, 1), Clamp(d, 1.0)),
         (Steer(d), Steer(replace(d, name="another name", n_tokens=7))),
         (Replace(SITE, ones), Replace(SITE, ones.clone().requires_grad_(True))),
+        (Replace(SITE, channels=(0, 2)), Replace(SITE, "base", None, "all", [0, 2])),  # pyright: ignore
     ]
     for a, b in same:
         assert as_plan(a).content_key == as_plan(b).content_key
 
 
+def test_keys_of_older_versions_stay():
+    key = as_plan(Replace("resid_post.1", where="prompt")).content_key
+    assert key == "2d5bbfec1a70ea4e"
+
+
 def test_plans_describe_themselves():
+    assert Replace(("z.1", "z.2"), "finetuned", channels=(8, 16)).describe() == (
+        "replace z.1[8:16], z.2[8:16] from finetuned"
+    )
     d = direction()
     assert Plan().describe() == "none"
     plan = Steer(d, -1.5) + Ablate([d, direction(1)]) + Clamp(d, 2.0) + ScaleAlong(d, 3.0)

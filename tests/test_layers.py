@@ -30,8 +30,8 @@ LAYERS = (
     "lora lora_scalars lora_variants lora_effects lora_algebra amplification weights "
     "weight_spectra weight_extraction series series_nulls similarity difference_lens lens_queries "
     "patchscope steering_threshold causal_effect relevance "
-    "attention_watch patch_runs patching self_repair attribution attribution_bound layer_attribution "
-    "illusion probe_fits probe_texts probe_scores probe_baselines probes orthogonalise "
+    "attention_watch patch_runs patching self_repair attribution attribution_bound "
+    "layer_attribution illusion probe_fits probe_texts probe_scores probe_baselines probes orthogonalise "
     "caft caft_modes caft_monitor",
     "organisms organisms.world organisms.tokens organisms.judge organisms.training "
     "organisms.finetuning organisms.variants organisms.evaluation organisms.manifests "
@@ -47,7 +47,7 @@ LAYERS = (
     "audit answer_contrasts audit_answers audit_findings audit_proof audit_stages",
     "inspect_bridge inspect_compare distributed distributed_training cluster cluster_harvest "
     "cluster_train inspect_requests recipes recipe_files recipe_runs "
-    "recipe_settings",
+    "recipe_settings recipe_texts",
     "bench bench.scores bench.meter bench.cases bench.ablation bench.methods bench.methods.audit "
     "bench.methods.weight_change bench.methods.difference_sae "
     "bench.methods.base_contrast bench.methods.effects_scan bench.methods.layers_survey "

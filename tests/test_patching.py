@@ -7,12 +7,12 @@ import torch
 
 from modeldiff.errors import Cancelled, InterventionError, MaskError, RemoteError, SiteError
 from modeldiff.hooks import count_hooks
-from modeldiff.interventions import Replace, ScaleAdapter
+from modeldiff.interventions import Replace, ScaleAdapter, Side
 from modeldiff.layer_maps import patch_effects
 from modeldiff.masks import Positions
 from modeldiff.organisms.nulls import null_pairs
 from modeldiff.organisms.planted import planted_shift, tiny_llama
-from modeldiff.patch_runs import Cell, effects
+from modeldiff.patch_runs import Cell, effects, head_width, n_heads
 from modeldiff.patching import (
     Component,
     Metric,
@@ -35,9 +35,9 @@ ALL = (tuple(range(10)),)
 DIFFERENCE = logit_difference(7, 9)
 
 
-def dense(pair, do=None, side="finetuned"):
+def dense(pair, do=None, side="finetuned", engine="hooks"):
     """The metric by an ordinary forward pass."""
-    scores = pair.run([TEXT], side=side, do=do).logits[0, -1]
+    scores = pair.run([TEXT], side=side, do=do, engine=engine).logits[0, -1]
     return float(scores[7] - scores[9])
 
 
@@ -80,6 +80,28 @@ def test_all_heads_at_once_are_z(family_pairs, family):
                                                  other.values["z.2"])], DIFFERENCE)  # fmt: skip
     assert float(one[0]) == pytest.approx(dense(pair, Replace("z.2", half[None])) - dense(pair),
                                           abs=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["hooks", "nnsight"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_is_a_range_of_channels(family_pairs, family, engine):
+    """The edit that anyone can write is the patch, to the bit of the same tensor put in whole."""
+    pair, width = family_pairs[family], head_width(family_pairs[family].sides)
+    ways: tuple[tuple[Side, Side], ...] = (("finetuned", "base"), ("base", "finetuned"))
+    for side, other in ways:
+        found = patch_map(pair.sides, TEXT, DIFFERENCE, side=side, parts=["head"], columns=((9,),))
+        traces = both_traces(pair.sides, pair.texts([TEXT])[0], side, ["z.2"])
+        assert traces[0].values["z.2"].shape[1] == width * n_heads(pair.sides, "head")
+        for head in (0, 3):
+            channels = (head * width, (head + 1) * width)
+            do = Replace("z.2", other, where=Positions((9,)), channels=channels)
+            own, copied = (each.values["z.2"].clone() for each in traces)
+            own[9, slice(*channels)] = copied[9, slice(*channels)]
+            edited = dense(pair, do, side, engine)
+            assert edited == dense(pair, Replace("z.2", own[None]), side, engine)
+            (row,) = (i for i, c in enumerate(found.components) if (c.layer, c.head) == (2, head))
+            change = edited - dense(pair, side=side)
+            assert float(found.effect[row, 0]) == pytest.approx(change, abs=2e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])

@@ -237,6 +237,23 @@ def test_what_cannot_be_probed_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("shift", "most"), [(0.0, 20), (0.3, 20)])
+def test_intervals_cover_what_they_say(shift, most):
+    """Two hundred sets of texts: 95 % intervals, whose misses are printed."""
+    found = [
+        probe(made(n=160, shift=shift, width=8, group_size=2, seed=20_000 + seed),
+              method="mean difference").auroc
+        for seed in range(200)
+    ]  # fmt: skip
+    truth = sum(each.estimate for each in found) / 200 if shift else 0.5
+    missed = sum(not each.low <= truth <= each.high for each in found)
+    width = sum(each.high - each.low for each in found) / 200
+    print(f"probes, shift {shift}: {missed} of 200 miss {truth:.3f}; mean width {width:.3f}")
+    assert missed <= most  # of 200 at 5 %: 21 or more happen once in 1000 times
+    assert width < 0.35
+
+
+@pytest.mark.slow
 def test_intervals_hold_chance_where_there_is_nothing():
     """Forty sets of texts without a feature, and twenty null pairs: alarms at 5 %."""
     alarms = []

@@ -8,7 +8,7 @@ import torch
 
 from modeldiff.errors import MismatchError
 from modeldiff.models import ModelPair
-from modeldiff.organisms.nulls import null_pairs
+from modeldiff.organisms.nulls import embedded_base, null_pairs
 from modeldiff.organisms.planted import planted_shift, tiny_llama
 from modeldiff.similarity import (
     CrossSums,
@@ -21,6 +21,11 @@ from modeldiff.similarity import (
 )
 
 TEXTS = [f"a{'bcdefgh'[i % 7]} {i} and some of the other letters {i * i}" for i in range(12)]
+
+
+def embedded_pair():
+    model, tokenizer = embedded_base()
+    return model, model, tokenizer
 
 
 def draws(*shape, seed=0):
@@ -190,3 +195,37 @@ def test_null_pairs_that_compute_the_same_are_the_same_to_the_bit():
         different += not (same and found.cka["cka"].sub(1).abs().max() < 1e-9)
     print(f"similarity: {different} of 20 null pairs differ")
     assert different == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rounding", "noise", "replay-adapter"])
+def test_what_null_pairs_that_moved_look_like(kind):
+    """Prints figures: pytest -m slow -s tests/test_similarity.py -k moved.
+
+    Every statistic is a size. It says that models differ, rightly, in each pair; none may say more.
+    """
+    equal = ModelPair.of(*embedded_pair(), allow_identical=True)
+    carried = similarity(equal.sides, TEXTS).guard().set_index("site")["energy_share"]
+    rows = []
+    for null in null_pairs(20, seed=5000, kind=kind):
+        found = similarity(null.pair.sides, TEXTS)
+        guard, places = found.guard().set_index("site"), by_position(found.tokens, last=8)
+        shares = guard["energy_share"].tolist()  # the base's own, whatever the fine-tune is
+        assert shares == pytest.approx(carried.tolist(), abs=1e-9)
+        moved = found.tokens.groupby("site")["norm_difference"].max() > 0
+        excludes = places.groupby("site")["low"].min() > 0
+        assert excludes[~moved].sum() == 0
+        assert excludes[moved].all()
+        rows.append((
+            guard["relative"].max(), found.tokens["cosine"].min(), found.cka["unbiased"].min(),
+            found.angles["degrees"].max(), excludes.any(), guard["dominated"].any(),
+        ))  # fmt: skip
+    relative, cosine, cka, degrees, excludes, dominated = map(list, zip(*rows, strict=True))
+    print(
+        f"similarity, 20 {kind} pairs: mean relative difference up to {max(relative):.3f}, cosine "
+        f"down to {min(cosine):.3f}, unbiased CKA down to {min(cka):.4f}, angle up to "
+        f"{max(degrees):.0f} degrees; {sum(excludes)} with an interval of by_position above 0, "
+        f"{sum(dominated)} dominated"
+    )
+    assert max(relative) < 0.1
+    assert min(cka) > 0.99

@@ -1,5 +1,6 @@
 import json
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from modeldiff_widgets._edit_runs import differing
 from modeldiff_widgets._stack import where_of
 from modeldiff_widgets.dose_plot import DosePlot
 from modeldiff_widgets.edits import Edits
+from tests.families import model, tokenizer
 from tests.planted import LAYER, STRENGTH, behaviour, planted_pair
 
 
@@ -180,6 +182,68 @@ def test_every_kind_runs_from_its_row_and_its_snippet_gives_the_same(panel, kind
     columns = finish(panel)
     assert len(columns) == 3, panel.root.children[0].error
     assert replayed(panel)["answers"] == panel.answers
+
+
+def test_a_row_chooses_what_is_copied_which_head_and_from_where():
+    two = md.ModelPair.of(model("llama"), model("llama", 1), tokenizer())
+    with Edits(two, AuditState(prompt="a cat", max_new_tokens=6), behaviours=[]) as made:
+        panel: Any = made
+        panel.add_edit("replace", layers=[1, 2], where="prompt")
+        row = panel._rows[0]
+        assert row._head_field.layout.display == "none"
+        row.site.value = "z"
+        assert [name for name, _ in row.head.options] == ["all", *(f"head {i}" for i in range(4))]
+        row.head.value = (8, 16)
+        expected = md.Plan((md.Replace(("z.1", "z.2"), where="prompt", channels=(8, 16)),))
+        assert panel.state.plan().content_key == expected.content_key
+        assert "channels 8 to 15, of the base" in row.size.value
+        assert "channels 8 to 15, of the base" in panel.snapshot_html()
+        panel.side.value, row.source.value = "base", "finetuned"
+        expected = md.Plan(
+            (md.Replace(("z.1", "z.2"), "finetuned", where="prompt", channels=(8, 16)),)
+        )
+        assert panel.state.plan().content_key == expected.content_key
+        panel.run()
+        columns = finish(panel)
+        assert len(columns) == 3, panel.root.children[0].error
+        assert replayed(panel)["answers"] == panel.answers
+        row.site.value = "mlp_out"  # its channels mean something else
+        assert "channels" not in panel.state.edits[0]
+        assert panel.state.edits[0]["source"] == "finetuned"
+        panel.state.edits = [new_edit("replace", layers=[1], site="mlp_act", channels=[3, 5])]
+        assert row.head.label == "channels 3 to 4"
+        row.where.value = "prompt"
+        assert panel.state.edits[0]["channels"] == [3, 5]
+        row.kind.value = "adapter"
+        assert set(panel.state.edits[0]) == {"kind", "direction", "layers", "where", "coefficient",
+                                             "on"}  # fmt: skip
+
+
+def test_edits_saved_before_there_were_sites_still_load():
+    saved = {"kind": "replace", "direction": "", "layers": [3], "where": "prompt",
+             "coefficient": 1.0, "on": True}  # fmt: skip
+    state = AuditState.from_dict({"edits": [saved]})
+    assert state.edits == [saved] == [new_edit("replace", layers=[3], where="prompt")]
+    plan: Any = state.plan()
+    (edit,) = plan.edits
+    assert (edit.at, edit.source, edit.channels) == (("resid_post.3",), "base", None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "words"),
+    [
+        ("steer", {"site": "z"}, "chosen for 'replace'"),
+        ("replace", {"site": "lora"}, "sites are"),
+        ("replace", {"source": "other"}, "sources are"),
+        ("replace", {"site": "z", "channels": [4, 4]}, "one after the last"),
+        ("replace", {"site": "z", "direction": "word"}, "direction's own site"),
+        ("replace", {"channels": [0, 4], "direction": "word"}, "direction's own site"),
+        ("adapter", {"channels": [0, 4]}, "chosen for 'replace'"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(kind, more, words):
+    with pytest.raises(InterventionError, match=words):
+        new_edit(kind, layers=[1], **more)
 
 
 def test_clicked_tokens_become_the_mask_and_are_marked(panel):

@@ -1,5 +1,6 @@
 """The panel Patch map without a browser: what it draws is what modeldiff computes."""
 
+import json
 import math
 from typing import Any
 
@@ -10,15 +11,23 @@ import torch
 
 from modeldiff.interventions import Replace, ScaleAdapter
 from modeldiff.masks import Positions
+from modeldiff.models import ModelPair
+from modeldiff.patch_runs import Component
 from modeldiff.patching import components_of, kl_to, logit_difference, patch_map
 from modeldiff.self_repair import ablation_table
 from modeldiff_widgets import AuditState, Workbench
+from modeldiff_widgets._patch_ask import edit_of
 from modeldiff_widgets.patch_map import PatchMap
 from modeldiff_widgets.tokens import Tokens
+from tests.families import model, tokenizer
 from tests.planted import LAYER, null_pair, planted_pair
 
 TEXT = "the cat sat on the mat and the dog ran"
-ALL = ("resid_post", "attn_out", "mlp_out", "head", "adapter")
+ALL = ("resid_post", "attn_out", "mlp_out", "mlp_act", "head", "adapter")
+
+
+def two_models():
+    return ModelPair.of(model("llama"), model("llama", 1), tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +191,6 @@ def test_a_click_goes_there_and_patches(planted):
         kl = float((own.exp() * (own - base)).sum())
         change = float(panel.values[row_of(panel, "adapter", LAYER), 2])
         assert kl == pytest.approx(panel.found.patches.start + change, abs=1e-5)
-        panel.choose(row_of(panel, "mlp_out", 1), 2)
-        assert state.edits == []
-        assert panel.stacked.value.startswith("Not on the stack")
         panel.choose(row, 1)
         panel.off.click()
         assert state.edits == []
@@ -205,10 +211,51 @@ def test_edits_of_others_stay_on_the_stack(panel):
     assert [e["kind"] for e in panel.state.edits] == ["adapter", "replace"]
     panel.off.click()
     assert panel.state.edits == [mine]
-    draw(panel, side="base")
-    panel.choose(3, 1)
+    draw(panel, parts=("adapter",), side="base")
+    panel.choose(0, 1)
     assert panel.state.edits == [mine]
     assert "patch the fine-tune" in panel.stacked.value
+
+
+@pytest.mark.parametrize("side", ["finetuned", "base"])
+def test_a_cell_of_every_part_is_the_edit_that_goes_on_the_stack(side):
+    """Weights of every kind differ here, so that every cell does something."""
+    pair = two_models()
+    with PatchMap(pair, AuditState(prompt=TEXT, max_new_tokens=3)) as made:
+        panel: Any = made
+        found: Any = draw(panel, parts=("resid_post", "attn_out", "mlp_out", "mlp_act", "head"),
+                     metric="kl", side=side)  # fmt: skip
+        last = panel.values.shape[1] - 1
+        for row in [r for r, c in enumerate(found.components) if c.layer == 2]:
+            panel.choose(row, last)
+            assert panel.stacked.value.startswith("On the stack"), panel.stacked.value
+            assert ("edit of the base" in panel.stacked.value) == (side == "base")
+            other = "base" if side == "finetuned" else "fine-tune"
+            assert f"of the {other}" in panel.stacked.value
+            scope: dict[str, Any] = {}
+            exec(panel.state.code(), scope)
+            kept = AuditState.from_dict(json.loads(json.dumps(panel.state.to_dict()))).plan()
+            plans = panel.state.plan(), scope["do"], kept
+            changes = [kl_of(pair, found.task.text, side, plan) for plan in plans]
+            assert changes[0] == changes[1] == changes[2]
+            change = changes[0] - kl_of(pair, found.task.text, side, None)
+            assert abs(change) > 1e-5
+            assert change == pytest.approx(float(panel.values[row, last]), abs=2e-6)
+
+
+def kl_of(pair, text, side, plan):
+    own = pair.run([text], side=side, do=plan).logits[0, -1].log_softmax(-1)
+    other = "base" if side == "finetuned" else "finetuned"
+    other = pair.run([text], side=other).logits[0, -1].log_softmax(-1)
+    return float((own.exp() * (own - other)).sum())
+
+
+@pytest.mark.parametrize("part", ["query", "key"])
+def test_queries_and_keys_are_refused_and_it_is_said_why(panel, part):
+    found: Any = draw(panel, parts=("resid_post",), metric="kl")
+    why = edit_of(panel.pair.sides, found.task, Component(part, 1, 0), 2)
+    assert isinstance(why, str)
+    assert "no site" in why
 
 
 def test_rows_stream_and_a_cancelled_map_shows_what_it_has(panel, monkeypatch):

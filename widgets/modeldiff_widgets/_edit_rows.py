@@ -13,12 +13,20 @@ from modeldiff.errors import InterventionError
 from modeldiff.masks import Positions
 from modeldiff.report_text import visible
 from modeldiff_widgets import _theme
-from modeldiff_widgets._stack import mask_of, new_edit, where_of
+from modeldiff_widgets._stack import (
+    SITES,
+    SOURCES,
+    copied,
+    mask_of,
+    new_edit,
+    source_of,
+    where_of,
+)
 
 KINDS = (
     ("steer: add it", "steer"), ("ablate: project it out", "ablate"),
     ("scale along it", "scale_along"), ("clamp along it", "clamp"),
-    ("replace by the base's", "replace"), ("scale the adapter", "adapter"),
+    ("replace: copy it over", "replace"), ("scale the adapter", "adapter"),
 )  # fmt: skip
 PLACES = (
     ("every token", "all"), ("prompt", "prompt"), ("new tokens", "new"),
@@ -27,7 +35,8 @@ PLACES = (
 )  # fmt: skip
 REACH = {"steer": 8.0, "clamp": 8.0, "scale_along": 4.0, "adapter": 4.0}
 """How far a slider goes to both sides of 0, for the kinds that have a coefficient."""
-WHOLE = "whole stream"
+ALL_HEADS: tuple[int, ...] = ()
+WHOLE = "none: all of it"
 _DIRECTED = ("steer", "ablate", "scale_along", "clamp")
 _RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 
@@ -74,7 +83,7 @@ def size_text(edit: Mapping[str, Any], direction: Direction | None, norms: Seque
     if kind == "ablate":
         return "the component along it becomes 0"
     if kind == "replace":
-        return "the base's activations are copied here"
+        return f"{visible(copied(edit))} is copied here"
     if kind == "adapter":
         what = ", ".join(edit.get("modules", ())) or "the adapter"
         return f"what {what} writes, times {amount:g}"
@@ -108,6 +117,7 @@ class EditRow:
     Args:
         number: Its place in the stack, from 0.
         n_layers: Of the model.
+        heads: How many attention heads a layer has, and the channels of each.
         changed: Called with the place and the new edit when a control was moved.
         acted: Called with the place and "up", "down", "delete" or "focus".
         failed: Called with an error about what was typed.
@@ -117,11 +127,12 @@ class EditRow:
         self,
         number: int,
         n_layers: int,
+        heads: tuple[int, int],
         changed: Callable[[int, dict[str, Any]], None],
         acted: Callable[[int, str], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        self.number, self.n_layers = number, n_layers
+        self.number, self.n_layers, self.heads = number, n_layers, heads
         self._changed, self._failed = changed, failed
         self._showing, self._edit = 0, new_edit("adapter")
         self.on = W.Checkbox(value=True, indent=False, description=f"edit {number + 1}")
@@ -132,6 +143,9 @@ class EditRow:
         self.layers = W.Text(continuous_update=False)
         self.layers.placeholder = "own, all, 1-3"
         self.where = W.Dropdown(options=PLACES)
+        self.site = W.Dropdown(options=[(name, site) for site, name in SITES.items()])
+        self.head = W.Dropdown(options=[("all", ALL_HEADS)])
+        self.source = W.Dropdown(options=[(f"the {n}", side) for side, n in SOURCES.items()])
         self.coefficient = W.FloatSlider(min=-8, max=8, step=0.1, readout_format="+.1f")
         self.size = _theme.note()
         self.buttons = {
@@ -188,6 +202,22 @@ class EditRow:
         self.coefficient.value = amount
         self._amount.layout.display = "" if kind in REACH else "none"
         self._direction_field.layout.display = "none" if kind == "adapter" else ""
+        self._fill_copy(edit)
+
+    def _fill_copy(self, edit: Mapping[str, Any]) -> None:
+        """What a ``replace`` edit copies, and from where."""
+        self.source.value, self.site.value = source_of(edit), edit.get("site") or "resid_post"
+        channels, (n, width) = tuple(edit.get("channels") or ()), self.heads
+        known = [("all", ALL_HEADS)]
+        if self.site.value == "z":
+            known += [(f"head {i}", (i * width, (i + 1) * width)) for i in range(n)]
+        if channels and channels not in [value for _, value in known]:
+            known.append((f"channels {channels[0]} to {channels[1] - 1}", channels))
+        self.head.options, self.head.value = known, channels or ALL_HEADS
+        whole = edit["kind"] == "replace" and not edit["direction"]
+        self._site_field.layout.display = "" if whole else "none"
+        self._head_field.layout.display = "" if whole and len(known) > 1 else "none"
+        self._source_field.layout.display = "" if edit["kind"] == "replace" else "none"
 
     def _moved(self, change: Any) -> None:
         if self._showing == threading.get_ident():
@@ -216,24 +246,39 @@ class EditRow:
         direction = "" if kind == "adapter" else str(self.direction.value or "")
         if kind == "replace" and layers is None and not direction:
             layers = [self.n_layers // 2]
-        modules = self._edit.get("modules", ()) if kind == "adapter" else ()
+        more: dict[str, Any] = {"modules": self._edit.get("modules", ())}
+        if kind != "adapter":
+            more = self._copy(owner, direction) if kind == "replace" else {}
         return new_edit(
             kind, direction, layers=layers, where=where, coefficient=amount, on=self.on.value,  # pyright: ignore[reportArgumentType]
-            modules=modules,
+            **more,
         )  # fmt: skip
 
+    def _copy(self, owner: Any, direction: str) -> dict[str, Any]:
+        if direction:
+            return {"source": self.source.value}
+        site = "" if self.site.value == "resid_post" else self.site.value
+        channels = () if owner is self.site else self.head.value
+        return {"site": site, "source": self.source.value, "channels": channels}
+
     def _controls(self) -> tuple[Any, ...]:
-        return self.on, self.kind, self.direction, self.layers, self.where, self.coefficient
+        return (
+            self.on, self.kind, self.direction, self.layers, self.where, self.coefficient,
+            self.site, self.head, self.source,
+        )  # fmt: skip
 
     def _laid_out(self) -> W.Box:
         self._direction_field = _theme.field("Direction", self.direction, grow=True)
+        self._site_field = _theme.field("What is copied", self.site, width="12rem")
+        self._head_field = _theme.field("Of it", self.head, width="8rem")
+        self._source_field = _theme.field("From", self.source, width="8rem")
         top = _theme.row(
             self.on,
             _theme.field("What is done", self.kind, width="11.5rem"),
-            self._direction_field,
+            self._direction_field, self._site_field, self._head_field, self._source_field,
             _theme.field("Layers", self.layers, width="7rem"),
             _theme.field("Tokens", self.where, width="10rem"),
-        )
+        )  # fmt: skip
         self.size.layout.width = "24rem"
         return _theme.card(top, _theme.row(self._amount, self.size, *self.buttons.values()))
 

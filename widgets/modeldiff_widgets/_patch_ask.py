@@ -14,7 +14,7 @@ from modeldiff.layer_maps import before
 from modeldiff.loading import Sides
 from modeldiff.masks import Positions
 from modeldiff.models import ModelPair
-from modeldiff.patch_runs import Component, Metric, Part
+from modeldiff.patch_runs import Component, Metric, Part, head_width
 from modeldiff.patching import PatchMap, components_of, kl_to, logit_difference, onset_loss
 from modeldiff.report_text import token_text, visible
 from modeldiff.tokens import Text
@@ -23,8 +23,8 @@ from modeldiff_widgets._stack import new_edit, where_of
 from modeldiff_widgets.layer_map import WIDEST, place_of
 
 PART_NAMES: dict[Part, str] = {
-    "resid_post": "Residual", "attn_out": "Attention", "mlp_out": "MLP", "head": "Heads",
-    "adapter": "Adapter",
+    "resid_post": "Residual", "attn_out": "Attention", "mlp_out": "MLP",
+    "mlp_act": "Neurons", "head": "Heads", "adapter": "Adapter",
 }  # fmt: skip
 SIDE_NAMES: dict[Side, str] = {"base": "base", "finetuned": "fine-tune"}
 OTHER: dict[Side, Side] = {"base": "finetuned", "finetuned": "base"}
@@ -214,23 +214,35 @@ def named_tokens(pair: ModelPair, tokens: tuple[str, ...]) -> tuple[int, int]:
     return int(cut[0][0]), int(cut[1][0])  # pyright: ignore
 
 
-def edit_of(task: Task, component: Component, position: int) -> dict[str, Any] | str:
+_SITES = {"resid_post": "", "head": "z"}
+
+
+def edit_of(sides: Sides, task: Task, component: Component, position: int) -> dict[str, Any] | str:
     """The same patch as an edit of the stack; where there is none, why.
 
     Args:
+        sides: The pair.
         task: Which side is patched.
         component: What.
         position: At which token.
     """
-    if task.ask.side == "base":
-        return "edits copy from the base: to put it on the stack, patch the fine-tune"
-    where, layers = where_of(Positions((position,))), [component.layer]
-    if component.part == "resid_post":
-        return new_edit("replace", layers=layers, where=where)
-    if component.part == "adapter":  # the base is where it writes nothing
+    part, where, layers = component.part, where_of(Positions((position,))), [component.layer]
+    if part in ("query", "key"):
+        return (
+            "queries and keys are exchanged inside the attention, after rotary embeddings, where "
+            "edits have no site: choose a cell of Heads or Attention"
+        )
+    if part == "adapter":
+        if task.ask.side == "base":
+            return "in the base no adapter runs: patch the fine-tune, or choose a cell of MLP"
         modules = [component.module]
         return new_edit("adapter", layers=layers, where=where, coefficient=0.0, modules=modules)
-    return "edits of the stack copy the whole residual stream: choose a cell of Residual"
+    width = head_width(sides)
+    channels = (component.head * width, (component.head + 1) * width) if part == "head" else ()
+    return new_edit(
+        "replace", layers=layers, where=where, site=_SITES.get(part, part),
+        source=OTHER[task.ask.side], channels=channels,
+    )  # fmt: skip
 
 
 def repair_table(table: pd.DataFrame) -> list[list[Any]]:

@@ -13,7 +13,10 @@ from modeldiff.tokens import Text
 from modeldiff_widgets import _render
 from modeldiff_widgets._heat_map import HeatMap, Scale
 
-_SHORT = {"resid_post": "residual", "attn_out": "attention", "mlp_out": "MLP", "head": "head"}
+_SHORT = {
+    "resid_post": "residual", "attn_out": "attention", "mlp_out": "MLP", "mlp_act": "neurons",
+    "head": "head",
+}  # fmt: skip
 
 
 class PatchGrid:

@@ -74,9 +74,9 @@ class RowTable(anywidget.AnyWidget):
             plain = [["✓" if each in self.ticked else "", *row]
                      for each, row in zip(self.ids, plain, strict=True)]  # fmt: skip
             headings, numeric = ["ticked", *headings], [each + 1 for each in numeric]
-        return _render.table(
-            headings, plain, numeric=numeric or (-1,), selected=at
-        ) + _render.note(self.note)
+        return _render.table(headings, plain, numeric=numeric or (-1,), selected=at) + _render.note(
+            self.note
+        )
 
     def close(self) -> None:
         """Close the widget."""

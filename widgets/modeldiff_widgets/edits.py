@@ -13,6 +13,7 @@ from modeldiff.errors import InterventionError
 from modeldiff.generation import Generations, Row, end_ids
 from modeldiff.interventions import Cell, Side
 from modeldiff.models import ModelPair
+from modeldiff.patch_runs import head_width, n_heads
 from modeldiff.report_text import visible
 from modeldiff.tokens import Text, token_names
 from modeldiff_widgets import _render, _theme
@@ -24,7 +25,7 @@ from modeldiff_widgets._jobs import Job, JobRunner
 from modeldiff_widgets._known_behaviours import known_behaviours, verdict_of
 from modeldiff_widgets._pair_view import PairView
 from modeldiff_widgets._panel import Panel
-from modeldiff_widgets._stack import mask_of, new_edit
+from modeldiff_widgets._stack import copied, mask_of, new_edit
 from modeldiff_widgets._state import AuditState
 from modeldiff_widgets.dose_plot import DosePlot
 
@@ -59,6 +60,7 @@ class Edits(Panel):
         self.answers: dict[tuple[str, str], str] = {}
         """What is shown, by side and name of the edit, as in the code."""
         self._rows: list[EditRow] = []
+        self._heads = n_heads(pair.sides, "head"), head_width(pair.sides)
         self._norms: tuple[float, ...] = ()
         self._prefill = md.Prefill()
         self._plain: tuple[str, Generations] | None = None
@@ -247,7 +249,7 @@ class Edits(Panel):
         self.focus = max(0, min(self.focus, len(edits) - 1))
         while len(self._rows) < len(edits):
             row = EditRow(
-                len(self._rows), self.pair.n_layers, self._change, self._act,
+                len(self._rows), self.pair.n_layers, self._heads, self._change, self._act,
                 lambda error: self.jobs.fail(self.title.lower(), error),
             )  # fmt: skip
             self._rows.append(row)
@@ -402,11 +404,12 @@ class Edits(Panel):
 
     def snapshot_html(self) -> str:
         """Stack, answers and curve."""
-        headings = ("edit", "direction", "layers", "tokens", "coefficient", "on")
+        headings = ("edit", "direction", "layers", "tokens", "coefficient", "on", "copied")
         fields = ("kind", "direction", "layers", "where", "coefficient", "on")
         rows = [
-            ["own" if edit[f] is None else edit[f] for f in fields] for edit in self.state.edits
-        ]
+            ["own" if edit[f] is None else edit[f] for f in fields]
+            + [copied(edit) if edit["kind"] == "replace" else ""] for edit in self.state.edits
+        ]  # fmt: skip
         stack = _render.table(headings, rows, caption="Edits") if rows else _render.note(_EMPTY)
         verdicts = [
             _render.badge(f"{c['title']}: {b}") for c in self.view.columns

@@ -32,6 +32,7 @@ from modeldiff_widgets._patch_ask import (
 from modeldiff_widgets._patch_grid import PatchGrid, name_of
 from modeldiff_widgets._prompt_box import PromptBox, tidy
 from modeldiff_widgets._row_table import RowTable
+from modeldiff_widgets._stack import copied
 from modeldiff_widgets.layer_map import NEXT, SELECTED, WIDEST
 
 METRICS = (
@@ -315,7 +316,7 @@ class PatchMap(Panel):
     def _put(self, component: Component, position: int) -> None:
         """Put the patch on the stack, in place of the last one that was put there."""
         assert self.found is not None
-        edit = edit_of(self.found.task, component, position)
+        edit = edit_of(self.pair.sides, self.found.task, component, position)
         kept = [each for each in self.state.edits if each != self._mine]
         if isinstance(edit, str):
             self._mine, self.state.edits = None, kept
@@ -341,12 +342,14 @@ class PatchMap(Panel):
             "an answer of its own refuses it." if late else ""
         )  # fmt: skip
         silenced = self._mine is not None and self._mine["kind"] == "adapter"
-        what = (
-            "silences this module of the adapter"
-            if silenced
-            else "copies the residual stream of the base"
-        )
-        self.stacked.value = f"On the stack of edits: {what} there, in every panel.{limit}"
+        copies = "" if self._mine is None or silenced else f"copies the {copied(self._mine)}"
+        what = "silences this module of the adapter" if silenced else copies
+        of_base = self._mine is not None and self._mine.get("source") == "finetuned"
+        side = (
+            " It is an edit of the base: Steer and ablate can edit the base, what edits the "
+            "fine-tune refuses it." if of_base else ""
+        )  # fmt: skip
+        self.stacked.value = f"On the stack of edits: {what} there, in every panel.{side}{limit}"
 
     def _frame(self) -> None:
         """Mark the chosen cell and say its value."""
