@@ -31,7 +31,8 @@ LAYERS = (
     "weight_spectra weight_extraction series series_nulls similarity difference_lens lens_queries "
     "patchscope steering_threshold causal_effect relevance "
     "attention_watch patch_runs patching self_repair attribution attribution_bound "
-    "layer_attribution illusion probe_fits probe_texts probe_scores probe_baselines probes orthogonalise "
+    "layer_attribution illusion probe_fits probe_texts probe_scores probe_baselines probes "
+    "orthogonalise "
     "caft caft_modes caft_monitor",
     "organisms organisms.world organisms.tokens organisms.judge organisms.training "
     "organisms.finetuning organisms.variants organisms.evaluation organisms.manifests "
