@@ -137,6 +137,7 @@ def test_answers_of_both_models_are_the_texts(pair, given):
         items: list = scope["items"]  # pyright: ignore[reportAssignmentType]
         assert len(items) == 2 * 3
         reading: Any = scope["reading"]
+        assert panel.reading is not None
         assert reading.key == panel.reading.key
         texts = panel._texts
         panel.components.value = 1

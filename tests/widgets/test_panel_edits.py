@@ -418,7 +418,7 @@ def test_first_token_and_cancel_are_fast_on_the_organism():
             finish(panel)
             firsts.append(panel.first_token)
         panel.state.temperature, panel.state.max_new_tokens = 5.0, 256
-        head = pair.sides.roots[0].get_output_embeddings()
+        head: Any = pair.sides.roots[0].get_output_embeddings()
         slow = head.register_forward_hook(lambda *of: time.sleep(0.002))  # or it ends by itself
         for step in range(20):
             panel._rows[0].coefficient.value = 7.0 + step / 20

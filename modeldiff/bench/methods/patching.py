@@ -23,7 +23,7 @@ def measure(case: Case, budget: Budget, seed: int) -> list[Row]:
     metric = partial(onset_loss, n=N_TOKENS) if written.on == "new" else None
     table = patch_texts(case.pair.sides, texts, metric, n_random=N_RANDOM, seed=seed,
                         cancel=case.cancel)  # fmt: skip
-    best = table.loc[table["effect"].abs().idxmax()]
+    best = table.iloc[int(table["effect"].abs().to_numpy().argmax())]
     largest = Interval(float(best["effect"]), float(best["low"]), float(best["high"]),
                        len(texts), 0.95)  # fmt: skip
     carrying = table[table["carries"]]
