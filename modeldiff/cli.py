@@ -1,4 +1,4 @@
-"""The command line: ``modeldiff diff | audit | rerun | harvest | train | organisms | ...``."""
+"""The command line: ``modeldiff diff | audit | run | harvest | train | organisms | ...``."""
 
 import argparse
 import signal
@@ -21,14 +21,16 @@ _EXAMPLES = """examples:
         your own adapter, on texts of your own (one a line)
   modeldiff diff BASE FINETUNED --texts chats.txt
         only the differences of the predictions, in seconds
+  modeldiff run em_organism_rank1
+        a recipe: train, ask, and compare the outcome with the expected one (list: modeldiff ls)
   modeldiff rerun audits/em-rank1/manifest.json --out audits/again
         repeat an audit and compare every number
   modeldiff harvest BASE --adapter me/lora --texts corpus.txt --out store --cluster auto
         both models' activations of a corpus, by all workers of a Ray cluster
   torchrun --nproc-per-node 8 -m modeldiff train store --out crosscoder --latents 131072
         a crosscoder on eight GPUs (without torchrun: on one)
-exit codes: 0 fine; 1 a rerun differs by more than its tolerance, or the doctor misses something;
-2 wrong input; 130 stopped
+exit codes: 0 fine; 1 a rerun or a recipe differs by more than its tolerance, or the doctor misses
+something; 2 wrong input; 130 stopped
 """
 
 
@@ -68,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "rerun", _rerun, "repeat an audit and compare its numbers", _rerun_arguments)
     _add(commands, "harvest", _harvest, "activations of many texts, to a store", _harvest_arguments)
     _add(commands, "train", _train, "a dictionary of a store's rows", cli_cluster.train_arguments)
+    _add(commands, "ls", _ls, "the recipes", _nothing)
+    _add(commands, "cp", _cp, "a recipe's files, to change them", _cp_arguments)
+    _add(commands, "run", _run, "a recipe, and whether its outcome is as expected", _run_arguments)
     _add(
         commands,
         "organisms",
@@ -155,6 +160,19 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _cp_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="a recipe (modeldiff ls)")
+    parser.add_argument("folder", type=Path, help="where the copies go; nothing is overwritten")
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a recipe (modeldiff ls), or the path of a TOML file")
+    parser.add_argument("--smoke", action="store_true", help="seconds; the outcome is not judged")
+    parser.add_argument("--out", type=Path, help="folder of the results (default ./runs/NAME)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="values instead of the file's, e.g. data.n_train=100")  # fmt: skip
 
 
 def _nothing(parser: argparse.ArgumentParser) -> None:
@@ -326,6 +344,37 @@ def _train(options: argparse.Namespace) -> int:
         if found := cli_cluster.train(options, cancel):
             _say(found)
     return OK
+
+
+def _ls(options: argparse.Namespace) -> int:
+    from modeldiff.recipe_files import names, read
+
+    for name in names():
+        recipe = read(name)
+        _say(f"{name}  ({recipe.minutes:g} min, arXiv {recipe.paper.arxiv})\n    {recipe.purpose}")
+    return OK
+
+
+def _cp(options: argparse.Namespace) -> int:
+    from modeldiff.recipe_files import copy
+
+    toml, script = copy(options.name, options.folder)
+    _say(f"{toml}\n{script}\nrun it with: modeldiff run {toml}")
+    return OK
+
+
+def _run(options: argparse.Namespace) -> int:
+    from modeldiff.recipe_runs import carry_out, summary
+
+    unread = [each for each in options.set if "=" not in each]
+    if unread:
+        raise ModelDiffError(f"--set takes KEY=VALUE, got {' '.join(unread)}.")
+    changes = dict(each.split("=", 1) for each in options.set)
+    with _stoppable() as cancel:
+        run = carry_out(options.recipe, smoke=options.smoke, out=options.out, changes=changes,
+                        say=_say, cancel=cancel)  # fmt: skip
+    _say(summary(run))
+    return DIFFERS if run.within is False else OK
 
 
 def _organisms(options: argparse.Namespace) -> int:
