@@ -237,16 +237,27 @@ def _vocabulary(tokenizer: Any) -> str:
     return digest(tokenizer.get_vocab())
 
 
-def check_tokenizers(first: Any, second: Any) -> list[str]:
-    """List in what two tokenizers differ; empty if ids mean the same to both."""
+SpecialTokens = Literal["same", "renamed"]
+
+
+def check_tokenizers(first: Any, second: Any, special_tokens: SpecialTokens = "same") -> list[str]:
+    """List in what two tokenizers differ; empty if ids mean the same to both.
+
+    With ``special_tokens="renamed"`` an id that is an added token to both may have two names.
+    """
     a, b = first.get_vocab(), second.get_vocab()
     moved = [token for token in a.keys() & b.keys() if a[token] != b[token]]
-    missing = sorted(a.keys() ^ b.keys())
+    both = {**a, **b}
+    added = first.added_tokens_decoder.keys() & second.added_tokens_decoder.keys()
+    free = added if special_tokens == "renamed" else set()
+    missing = sorted(token for token in a.keys() ^ b.keys() if both[token] not in free)
     problems = []
     if moved:
         problems.append(f"{len(moved)} tokens have other ids, e.g. {moved[0]!r}")
     if missing:
         problems.append(f"{len(missing)} tokens are known to one side only, e.g. {missing[0]!r}")
+        if special_tokens == "same" and all(both[token] in added for token in missing):
+            problems.append("these are control tokens: special_tokens='renamed' accepts them")
     cut = [each.tokenize(PROBE, add_special_tokens=False) for each in (first, second)]
     if not problems and cut[0] != cut[1]:
         problems.append(f"they cut {PROBE!r} differently: {cut[0][:5]} and {cut[1][:5]}")

@@ -23,6 +23,7 @@ from modeldiff.loading import (
     SIDES,
     PairKind,
     Sides,
+    SpecialTokens,
     check_adapter,
     check_configs,
     check_tokenizers,
@@ -85,6 +86,7 @@ class ModelPair:
         quantization: "Quantization | None" = None,
         site_map: SiteMap | None = None,
         allow_identical: bool = False,
+        special_tokens: SpecialTokens = "same",
         remote: "bool | str | Server" = False,
     ) -> "ModelPair":
         """Load a pair by hub id or path.
@@ -106,6 +108,9 @@ class ModelPair:
                 extra ``quant``); methods that work on the base's weights refuse it.
             site_map: For families that are not in `modeldiff.architectures.FAMILIES`.
             allow_identical: Accept a fine-tune that changes nothing, as null pairs are.
+            special_tokens: "renamed" accepts a whole fine-tune whose control tokens have other
+                names (R1-Distill-Llama's and Llama-3.1's), and takes its tokenizer. The base has
+                not learnt them: `modeldiff.backtracking.base_texts` puts others in their place.
             remote: Run on NDIF (True), or on a server (its address, or a
                 `modeldiff.remote_jobs.Server`); no weights are loaded here.
 
@@ -130,6 +135,8 @@ class ModelPair:
             quantization, adapter=adapter is not None, remote=bool(remote)
         )
         raise_all(problems, f"quantization={quantization!r}", "Leave it out.")
+        if special_tokens == "renamed" and (remote or finetuned is None):
+            raise MismatchError("special_tokens='renamed' is for two whole models loaded here.")
         if remote:
             from modeldiff.remote_sides import remote_sides
 
@@ -145,8 +152,10 @@ class ModelPair:
         if adapter is None:
             other = _tokenizer(finetuned, revision, subfolder, fallback=tokenizer)
             tuned = _model(finetuned, revision, subfolder, options)
-            problems = check_tokenizers(tokenizer, other) + check_configs(root.config, tuned.config)
+            problems = check_tokenizers(tokenizer, other, special_tokens)
+            problems += check_configs(root.config, tuned.config)
             raise_all(problems, f"{base} and {finetuned} are not a pair", "Is it the right base?")
+            tokenizer = other if special_tokens == "renamed" else tokenizer
             names, peft, active, others = (str(base), str(finetuned)), None, "", []
         else:
             several = adapter if isinstance(adapter, Mapping) else {"finetuned": adapter}

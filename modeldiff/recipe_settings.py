@@ -51,6 +51,7 @@ class Pair:
         adapter: Or a LoRA adapter.
         revision: Of the fine-tune.
         subfolder: Its folder inside its repository.
+        special_tokens: "renamed" if its control tokens have other names than the base's.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Pair:
     adapter: str = ""
     revision: str = ""
     subfolder: str = ""
+    special_tokens: str = ""
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def load_pair(pair: Pair, device: str = "") -> ModelPair:
         SetupError: If it cannot be found.
         MismatchError: If it is no pair.
     """
-    options = {name: getattr(pair, name) or None for name in ("finetuned", "adapter", "revision")}
+    names = ("finetuned", "adapter", "revision", "special_tokens")
+    options = {name: getattr(pair, name) or None for name in names}
     given = {name: value for name, value in options.items() if value}
     return ModelPair.load(
         pair.base,

@@ -212,6 +212,28 @@ def test_tokenizers_that_differ_are_refused(disk, tmp_path):
         ModelPair.load(disk / "base", tmp_path / "swapped")
 
 
+def test_control_tokens_may_have_two_names_if_that_is_said(tmp_path):
+    for name, token, seed in (("base", "<|reserved|>", 0), ("tuned", "<think>", 1)):
+        words = tokenizer()
+        words.add_special_tokens({"additional_special_tokens": [token]})
+        save_model(tmp_path / name, model("llama", seed), words)
+    both = tmp_path / "base", tmp_path / "tuned"
+    with pytest.raises(MismatchError, match="special_tokens='renamed' accepts them"):
+        ModelPair.load(*both)
+    pair = ModelPair.load(*both, special_tokens="renamed")
+    assert "<think>" in pair.tokenizer.get_vocab()
+    assert "<|reserved|>" not in pair.tokenizer.get_vocab()
+    with pytest.raises(MismatchError, match="two whole models loaded here"):
+        ModelPair.load(*both, special_tokens="renamed", remote=True)
+    file = tmp_path / "tuned" / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    vocabulary = raw["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(raw))
+    with pytest.raises(MismatchError, match="2 tokens have other ids"):
+        ModelPair.load(*both, special_tokens="renamed")
+
+
 def test_tokenizers_that_cut_differently_are_refused(disk, tmp_path):
     """The same vocabulary, other merges: the same text has other ids."""
     save_model(tmp_path / "merges", model("llama", 1), tokenizer())
