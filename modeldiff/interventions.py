@@ -281,9 +281,7 @@ class Replace(_Composes):
                 f"channels={self.channels}: give the first and the one after the last, e.g. (0, 8)."
             )
         if self.along is not None:
-            raise InterventionError(
-                "Replace takes channels, or a component along a direction, not both: leave one out."
-            )
+            raise InterventionError("Replace takes channels or along=, not both: leave one out.")
         object.__setattr__(self, "channels", several)
 
     def sites(self, shape: Shape) -> tuple[Site, ...]:

@@ -19,6 +19,7 @@ from modeldiff._version import __version__
 from modeldiff.errors import MismatchError
 from modeldiff.recipe_files import find, read, script_of
 from modeldiff.recipe_settings import Recipe
+from modeldiff.sft_files import without_bars
 
 Say = Callable[[str], None]
 
@@ -175,7 +176,7 @@ def carry_out(
     recipe = read(toml, smoke=smoke, changes=changes)
     run = Run(recipe, folder_of(recipe.name, smoke, out), smoke, say, cancel or Event())
     run.out.mkdir(parents=True, exist_ok=True)
-    with _running(run), _without_bars():
+    with _running(run), without_bars():
         runpy.run_path(str(script_of(toml)), run_name=f"recipe {recipe.name}")
     run.save_result()
     return run
@@ -188,20 +189,6 @@ def _running(run: Run) -> Iterator[None]:
         yield
     finally:
         _RUNNING.reset(token)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep the progress bars of loading weights out of the output."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def summary(run: Run) -> str:
