@@ -79,6 +79,8 @@ if TYPE_CHECKING:
     from modeldiff.sft_rows import response_rows as response_rows
     from modeldiff.sft_rows import split_rows as split_rows
     from modeldiff.sites import Site as Site
+    from modeldiff.static_decoding import StaticDecoder as StaticDecoder
+    from modeldiff.store_following import followed as followed
     from modeldiff.stores import ActivationStore as ActivationStore
     from modeldiff.thinking import label_directions as label_directions
     from modeldiff.tokens import Chat as Chat
@@ -125,6 +127,8 @@ _HOMES = {
     "sft_plans": "SFTPlan",
     "sft_rows": "response_rows split_rows",
     "sites": "Site",
+    "static_decoding": "StaticDecoder",
+    "store_following": "followed",
     "stores": "ActivationStore",
     "thinking": "label_directions",
     "tokens": "Chat Completion",
@@ -139,4 +143,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME_OF})
+    return sorted({*_HOME_OF, *(name for name in globals() if name.startswith("__"))})

@@ -1,6 +1,9 @@
 """Progress and cancelling of long work: one small protocol, tqdm only on request."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from threading import Event
 from typing import Any, TypeVar
 
@@ -12,6 +15,43 @@ Progress = bool | Report
 """True shows a tqdm bar, a callable is called, False is silent."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Watcher:
+    """Who wants to know of jobs on servers, whatever call they belong to.
+
+    Args:
+        tell: Called with where a job stands: "sending" or "kept" when it begins, then the server's
+            status in small letters, "left" if nobody waits for it any more.
+        cancel: Event that ends every wait, beside the ``cancel=`` of the call itself.
+    """
+
+    tell: Callable[[str], None]
+    cancel: Event | None = None
+
+
+_WATCHER: ContextVar[Watcher | None] = ContextVar("modeldiff-watcher", default=None)
+
+
+@contextmanager
+def watched(tell: Callable[[str], None], cancel: Event | None = None) -> Iterator[None]:
+    """Have jobs on servers told of, and their waits ended, for the calls inside the block.
+
+    Args:
+        tell: See `Watcher`.
+        cancel: See `Watcher`.
+    """
+    token = _WATCHER.set(Watcher(tell, cancel))
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
+
+
+def watcher() -> Watcher | None:
+    """Who watches, if anybody does."""
+    return _WATCHER.get()
 
 
 def check(cancel: Event | None, partial: Any = None) -> None:

@@ -65,8 +65,18 @@ class Activations:
         return self.sites[0]
 
     def difference(self, site: "str | Site") -> Float[Tensor, "token width"]:
-        """Fine-tuned minus base at a site, in float32."""
+        """Fine-tuned minus base at a site, in float32.
+
+        Raises:
+            MismatchError: If the sides have other widths there.
+        """
         at = Site.parse(site)
+        widths = self.base[at].shape[1], self.finetuned[at].shape[1]
+        if widths[0] != widths[1]:
+            raise MismatchError(
+                f"{at} has {widths[0]} channels in the base and {widths[1]} in the fine-tune: they "
+                "have no difference. Take a site of the residual stream."
+            )
         return self.finetuned[at].float() - self.base[at].float()
 
 
@@ -231,9 +241,12 @@ def capture(
 
     Raises:
         MaskError: If no token is kept.
+        MismatchError: If the storage dtype is another.
         SiteError: If a site does not exist.
         Cancelled: If the event is set.
     """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise MismatchError(f"dtype={dtype}: activations are kept as float32 or bfloat16.")
     sites, texts = parse_sites(at), as_texts(sides, items)
     stored: dict[str, dict[Site, list[Tensor]]] = {"base": {}, "finetuned": {}}
     indices, positions = [], []

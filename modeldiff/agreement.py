@@ -21,7 +21,9 @@ class Agreement:
     Args:
         kappa: Cohen's kappa over answers that both scored: 1 is agreement, 0 what their rates
             give by chance, NaN where both say one and the same thing throughout. The interval
-            resamples whole questions.
+            resamples whole questions; of few it is too narrow: 95 % covered 60 to 81 % of the time
+            with 5 questions of 4 answers, 83 to 89 % with 10, 91 % with 20, 94 % with 40. Judges
+            that agree on everything leave no width at all.
         observed: Share of those answers on which they agree.
         n: Number of those answers.
         confusion: How often each pair of verdicts was given; rows are the first judge's. It counts

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Float
+from modeldiff.batch_size import fitted
 from modeldiff.batching import Batch, make_batch, padding_id
 from modeldiff.editing import Editor, Group
 from modeldiff.errors import Cancelled, InterventionError, MaskError, RemoteError
@@ -80,7 +81,7 @@ def amplify(
 
     Raises:
         InterventionError: If the temperature is negative, or a logit is not finite.
-        MaskError: If there is nothing to generate.
+        MaskError: If there is nothing to generate, or the model has too few learned positions.
         RemoteError: If the models are not here.
         Cancelled: If the event is set; ``partial`` holds the finished batches' `Generations`.
 
@@ -96,24 +97,29 @@ def amplify(
         ['amplified -1', 'amplified +0']
     """
     texts = as_texts(sides, prompts, reply=True)
+    sides.check_lengths([text.n_tokens for text in texts], max_new_tokens - 1)
     several = [float(strengths)] if isinstance(strengths, int | float) else list(strengths)
     _check(sides, texts, several, n, temperature)
     uniform = _uniform(texts, n, seed, max_new_tokens)
     order = sorted(range(len(texts)), key=lambda i: (texts[i].n_tokens, i))
     rows = [_Row(a, prompt, i) for prompt in order for a in several for i in range(n)]
-    batches = [rows[i : i + max_rows] for i in range(0, len(rows), max_rows)]
     report, done = reporter(progress, "amplify"), dict[_Row, Answer]()
 
     def result() -> Generations:
         known = sorted(done, key=lambda r: (several.index(r.strength), r.prompt, r.sample))
         return Generations(texts, tuple(done[row] for row in known), seed, temperature)
 
-    for number, part in enumerate(batches):
-        try:
-            done.update(_batch(sides, texts, part, uniform, temperature, cancel))
-        except Cancelled as cancelled:
-            raise Cancelled(str(cancelled), result()) from None
-        report(number + 1, len(batches), f"{len(done)} answers")
+    parts = fitted(
+        sides.roots[0], rows, lambda part: _batch(sides, texts, part, uniform, temperature, cancel),
+        what="amplify", width=lambda row: texts[row.prompt].n_tokens + max_new_tokens,
+        max_rows=max_rows,
+    )  # fmt: skip
+    try:
+        for _, answers in parts:
+            done.update(answers)
+            report(len(done), len(rows), f"{len(done)} answers")
+    except Cancelled as cancelled:
+        raise Cancelled(str(cancelled), result()) from None
     return result()
 
 
@@ -121,7 +127,10 @@ def _check(
     sides: Sides, texts: tuple[Text, ...], strengths: list[float], n: int, temperature: float
 ) -> None:
     if sides.kind == "remote":
-        raise RemoteError("amplification samples step by step from both sides: load the pair.")
+        raise RemoteError(
+            "amplification samples step by step from both sides, which no server does. Scale the "
+            "adapter there, generate(do=ScaleAdapter(2.0)), or load the pair here."
+        )
     if not temperature >= 0:
         raise InterventionError(f"temperature {temperature}: it must be 0 (greedy) or positive.")
     if not texts or n < 1 or not strengths or len(set(strengths)) < len(strengths):

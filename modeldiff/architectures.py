@@ -154,7 +154,7 @@ def adapted_modules(root: nn.Module, site_map: SiteMap, adapter: str) -> tuple[S
     found = set()
     for path, _ in root.named_parameters():
         inside, _, end = path.partition(".lora_")
-        if adapter not in end.split("."):
+        if end.split(".")[1:2] != [adapter]:
             continue
         rest = inside.removeprefix(site_map.layers + ".")
         index, _, module = rest.partition(".")

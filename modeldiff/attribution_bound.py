@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from modeldiff._progress import Progress, check, reporter
 from modeldiff.architectures import module_at
 from modeldiff.attribution import Attribution
-from modeldiff.divergence import blocks
+from modeldiff.batch_size import fitted
 from modeldiff.editing import Editor, Group
 from modeldiff.errors import InterventionError
 from modeldiff.hooks import first, hidden_argument, hooked, put, replay
@@ -136,11 +136,19 @@ def missed_cells(
         patched[index] = float(change[0])
     inside = np.random.default_rng(seed).random((n_subsets, len(cells))) < 0.5
     report, changes = reporter(progress, "random halves"), []
-    for some in blocks(n_subsets, max(1, max_tokens // found.text.n_tokens - 1)):
+
+    def of_halves(some: list[int]) -> np.ndarray:
         check(cancel)
         masks = torch.from_numpy(inside[some]).unflatten(1, (-1, found.text.n_tokens))
-        changes.append(_together(sides, own, other, found.components, masks, score))
-        report(min(n_subsets, some.stop), n_subsets, "random halves")
+        return _together(sides, own, other, found.components, masks, score)
+
+    for some, change in fitted(
+        sides.roots[0], range(n_subsets), of_halves, what="random halves",
+        width=lambda _: found.text.n_tokens, max_tokens=max_tokens,
+        max_rows=max(1, max_tokens // found.text.n_tokens - 1),
+    ):  # fmt: skip
+        changes.append(change)
+        report(some[-1] + 1, n_subsets, "random halves")
     return _missed(found, cells, estimates, patched, inside, np.concatenate(changes), alarm_rate)
 
 

@@ -32,7 +32,8 @@ class Audit:
         pair: The pair.
         behaviours: The first is the one that is explained; others are measured beside it.
         texts: Without a behaviour: at least eight texts or chats that begin differently. One
-            half serves to find the direction, the other to prove it.
+            half serves to find the direction, the other to prove it, which takes six: of fewer than
+            twelve texts no proof can hold.
         settings: Seed, numbers of controls and samples, sizes of batches.
         cache: Where finished work is kept; a second run, or one that was interrupted, reads it.
         load: How the pair (and the behaviours) can be had again; recorded in the manifest so

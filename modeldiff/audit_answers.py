@@ -108,6 +108,12 @@ class Judged:
         """Rows of one cell, in the same order of prompts and samples for every cell."""
         return self.table[(self.table["side"] == side) & (self.table["edit"] == edit)]
 
+    def questions(self, rows: pd.DataFrame) -> np.ndarray:
+        """Number of each row's question; wordings of one question share theirs."""
+        asked = [each.question_id or (i,) for i, each in enumerate(self.behaviour.prompts)]
+        codes = {each: code for code, each in enumerate(dict.fromkeys(asked))}
+        return np.array([codes[asked[i]] for i in rows["prompt_index"]], dtype=int)
+
 
 def full_texts(pair: ModelPair, found: Generations, rows: Sequence[int]) -> tuple[Text, ...]:
     """Prompts with their generated ids appended; nothing is tokenised again."""

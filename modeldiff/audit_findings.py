@@ -20,6 +20,7 @@ from modeldiff.stats import (
     null_band,
     paired_bootstrap,
     permutation_test,
+    proportion_difference,
 )
 
 BEHAVIOUR = (
@@ -108,6 +109,10 @@ SAME_STREAM = (
 )
 NEGLIGIBLE = 0.05
 """A difference of rates that counts as none if its whole interval is smaller."""
+ENOUGH = 19
+"""Random directions of which a value that is no better lies below all in 5 % of cases."""
+SURE = 0.05
+"""P below which a difference may be claimed: of few prompts intervals alone are too narrow."""
 
 
 def effects_table(chosen: str) -> tuple[str, str]:
@@ -147,6 +152,17 @@ def nothing_to_explain(differs: Finding, n_shown: int, needed: int) -> str:
     )
 
 
+def few_controls(n_random: int) -> str:
+    """Say how little few random directions show; empty if they are enough for 5 %."""
+    if n_random >= ENOUGH:
+        return ""
+    return (
+        f"Only {n_random} random directions stand beside the edit: one that is no better than they "
+        f"lies below all of them with probability {1 / (1 + n_random):.0%}. {ENOUGH} are needed "
+        "for 5 % (n_random)."
+    )
+
+
 def few_answers(n_normal: int, needed: int) -> str:
     """Say why the contrast of the two models stands in for that of the answers."""
     return (
@@ -156,21 +172,27 @@ def few_answers(n_normal: int, needed: int) -> str:
 
 
 def behaviour_differs(judged: Judged) -> Finding:
-    """Compare the rate of both models on the discovery prompts; intervals resample prompts."""
+    """Compare the rate of both models on the discovery prompts; intervals resample questions.
+
+    That they do not differ is said only if Newcombe's interval is small too, with each question
+    counted once: resampling cannot see what has not occurred.
+    """
     claim = f"The fine-tune changed the behaviour: {judged.behaviour.name}"
     base, tuned, prompts = _paired(judged, ("base", "none"), ("finetuned", "none"))
     if not len(base):
         return Finding(claim, None, UNSCORED)
     gap = paired_bootstrap(base, tuned, clusters=prompts, seed=0)
     p = _permuted(base, tuned, prompts, 0)
-    differs = p < 0.05 and (gap.low > 0 or gap.high < 0)
-    same = gap.low > -NEGLIGIBLE and gap.high < NEGLIGIBLE
+    differs = p < SURE and (gap.low > 0 or gap.high < 0)
+    shown = [round(float(each.mean()) * gap.n) for each in (base, tuned)]
+    unpaired = proportion_difference(shown[0], gap.n, shown[1], gap.n)
+    same = all(max(-each.low, each.high) < NEGLIGIBLE for each in (gap, unpaired))
     return Finding(
         claim=claim,
         holds=True if differs else (False if same else None),
         evidence=f"{base.mean():.1%} of the base's answers and {tuned.mean():.1%} of the "
         f"fine-tune's show it; difference {gap.estimate:+.1%} [{gap.low:+.1%}, {gap.high:+.1%}] "
-        f"({len(base)} pairs of answers to {gap.n} prompts, p = {p:.2g}).",
+        f"({len(base)} pairs of answers to {gap.n} questions, p = {p:.2g}).",
     )
 
 
@@ -192,21 +214,21 @@ def outputs_differ(summary: pd.DataFrame) -> Finding:
 
 def proven(judged: Judged, rows: pd.DataFrame, controls: pd.DataFrame, seed: int) -> list[Finding]:
     """Necessity (ablation) and sufficiency (steering), each against random directions."""
-    return [_necessary(judged, rows, controls, seed), _sufficient(judged, rows)]
+    return [_necessary(judged, rows, controls, seed), _sufficient(judged, rows, seed)]
 
 
 def _paired(
     judged: Judged, first: tuple[str, str], second: tuple[str, str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Verdicts of two cells on the same prompts and samples, where both could be scored."""
+    """Verdicts of two cells, and their questions, on what both could be scored on."""
     parts = judged.cell(*first), judged.cell(*second)
     both = parts[0]["exhibits"].notna().to_numpy() & parts[1]["exhibits"].notna().to_numpy()
     before, after = (part["exhibits"].to_numpy(dtype=object)[both].astype(float) for part in parts)
-    return before, after, parts[0]["prompt_index"].to_numpy()[both]
+    return before, after, judged.questions(parts[0][both])
 
 
 def _permuted(before: np.ndarray, after: np.ndarray, prompts: np.ndarray, seed: int) -> float:
-    """Paired permutation test of the means of each prompt."""
+    """Paired permutation test of the means of each question."""
     frame = pd.DataFrame({"prompt": prompts, "before": before, "after": after})
     means = frame.groupby("prompt")[["before", "after"]].mean()
     return permutation_test(means["before"], means["after"], paired=True, seed=seed)
@@ -223,12 +245,12 @@ def _necessary(judged: Judged, rows: pd.DataFrame, controls: pd.DataFrame, seed:
     ablated, tuned = rows[rows["edit"] == "ablated"], rows[rows["cell"] == "fine-tuned"].iloc[0]
     coherent = bool(sound(ablated, tuned.to_dict()).all())
     kept = float(ablated["coherent"].iloc[0])
-    falls = change.high < 0 and after.mean() < band.low
+    falls = change.high < 0 and p < SURE and after.mean() < band.low
     like_random = False if after.mean() >= band.low else None  # lower, but perhaps by chance
     text_null = rows[rows["edit"] == TEXT_NULL]["rate"]
     same_text = "".join(f"; the base's own contrast of texts {rate:.1%}" for rate in text_null)
     doubt = "" if coherent else "; too few, or too few could be scored: is the model broken?"
-    left = falls and after.mean() > rows[rows["cell"] == "base"]["rate_high"].iloc[0]
+    left = falls and after.mean() > rows[rows["cell"] == "base"]["rate"].iloc[0] + NEGLIGIBLE
     return Finding(
         claim=f"Ablating the direction {'lowers' if left else 'removes'} the behaviour",
         holds=(True if coherent else None) if falls else like_random,
@@ -240,7 +262,7 @@ def _necessary(judged: Judged, rows: pd.DataFrame, controls: pd.DataFrame, seed:
     )
 
 
-def _sufficient(judged: Judged, rows: pd.DataFrame) -> Finding:
+def _sufficient(judged: Judged, rows: pd.DataFrame, seed: int) -> Finding:
     steer = rows[rows["kind"] == "steer"]
     shaken = rows[(rows["kind"] == "control") & (rows["side"] == "base")]
     base = rows[rows["cell"] == "base"].iloc[0]
@@ -250,8 +272,11 @@ def _sufficient(judged: Judged, rows: pd.DataFrame) -> Finding:
     alone = asked[asked["edit"].str.startswith("random ")].groupby("edit")["exhibits"].mean()
     worst = float(alone.astype(float).max())
     bar = max(float(base["rate_high"]), float(shaken["rate_high"].max()), worst)
-    shown = best["rate_low"] > bar
-    absent = False if best["rate_high"] <= bar + NEGLIGIBLE else None
+    before, after, prompts = _paired(judged, ("base", "none"), ("base", str(best["edit"])))
+    sure = len(before) > 0 and _permuted(before, after, prompts, seed) < SURE
+    shown = best["rate_low"] > bar and sure
+    reached = max(float(base["rate"]), float(shaken["rate"].max()), worst)
+    absent = False if best["rate_high"] <= reached + NEGLIGIBLE else None
     return Finding(
         claim="Adding the direction to the base brings the behaviour about",
         holds=(True if len(kept) else None) if shown else absent,
@@ -272,15 +297,17 @@ def distance_closed(
     )
     before, after = wide["none"].to_numpy(float), wide["ablated"].to_numpy(float)
     change = paired_bootstrap(before, after, seed=seed)
-    band = null_band(controls)
+    p = permutation_test(before, after, paired=True, seed=seed)
+    band, less = null_band(controls), change.high < 0 and p < SURE
     closed = 1 - after.mean() / before.mean() if before.mean() else float("nan")
     return [
         Finding(
             claim="Ablating the direction brings the fine-tune back towards the base",
-            holds=bool(change.high < 0) or None if after.mean() < band.low else False,
+            holds=(bool(less) or None) if after.mean() < band.low else False,
             evidence=f"KL(edited || base) falls from {before.mean():.3g} to {after.mean():.3g} "
             f"nats a token ({closed:.0%} of the distance; change [{change.low:+.3g}, "
-            f"{change.high:+.3g}], {len(before)} held-out texts, ablated at {chosen}); "
+            f"{change.high:+.3g}], p = {p:.2g}, {len(before)} held-out texts, ablated at "
+            f"{chosen}); "
             f"{len(controls)} random directions of the same length leave {band.low:.3g} to "
             f"{band.high:.3g}.",
         )

@@ -134,7 +134,8 @@ def audit_behaviour(work: Work, behaviours: Sequence[Behaviour]) -> None:
     with work.stage("activations"):
         labels = classes(asked.cell("finetuned"))
         written = wrote["on-policy finetuned"]
-        found = _survey(work, written, labels)
+        prompts = asked.cell("finetuned")["prompt_index"].tolist()
+        found = _survey(work, written, labels, prompts)
     if reason := findings.nothing_to_explain(work.findings[0], labels.count(SHOWS), MIN_ANSWERS):
         work.caveats.append(reason)
         return
@@ -171,7 +172,8 @@ def audit_texts(work: Work, items: Sequence[Any]) -> None:
             return
     with work.stage("activations"):
         tuned = wrote[0]["on-policy finetuned"]
-        found = _survey(work, tuned, ["finetuned text"] * len(tuned))
+        owners = [i // work.settings.n_samples for i in range(len(tuned))]
+        found = _survey(work, tuned, ["finetuned text"] * len(tuned), owners)
     with work.stage("directions"):
         directions = model_directions(found, "finetuned text", SHIFT)
         if not directions:
@@ -238,10 +240,14 @@ def _moved_tokens(work: Work, diff: OutputDiff) -> None:
     work.add("tokens", shown[columns].assign(**top), *findings.TOKENS)
 
 
-def _survey(work: Work, texts: tuple[Text, ...], labels: list[str]) -> Survey:
+def _survey(
+    work: Work, texts: tuple[Text, ...], labels: list[str], prompts: Sequence[int]
+) -> Survey:
+    """Survey answers; those to one prompt are in one half."""
     found = survey(
-        work.pair.sides, texts, labels, on="new", seed=work.settings.seed, cancel=work.cancel
-    )
+        work.pair.sides, texts, labels, groups=prompts, on="new", seed=work.settings.seed,
+        cancel=work.cancel,
+    )  # fmt: skip
     work.add("layers", found.layers(work.settings.seed), *findings.LAYERS)
     return found
 
@@ -317,6 +323,7 @@ def _prove_behaviour(
 ) -> None:
     """Measure the chosen edit and its controls on the evaluation prompts."""
     s, directions = work.settings, kinds[kind]
+    work.caveats += list(filter(None, [findings.few_controls(s.n_random)]))
     layers = proof.candidates(directions)[place]
     best = _steering_layer(work, layers)
     drawn = proof.random_sets(directions, s.n_random, s.seed)
@@ -377,6 +384,7 @@ def _prove_distance(
 ) -> None:
     """Measure how much of the distance to the base the chosen edit closes on held-out texts."""
     s = work.settings
+    work.caveats += list(filter(None, [findings.few_controls(s.n_random)]))
     layers = proof.candidates(directions)[chosen]
     drawn = proof.random_sets(directions, s.n_random, s.seed)
     randoms = [proof.cells_of_ablation(f"random {i}", one, layers) for i, one in enumerate(drawn)]

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Float
+from modeldiff.batch_size import each_batch
+from modeldiff.batching import Batch
 from modeldiff.direction_methods import mean_difference
 from modeldiff.directions import Direction
 from modeldiff.errors import DirectionError, MaskError, MismatchError
-from modeldiff.forward import as_texts, batched, run
+from modeldiff.forward import as_texts, run
 from modeldiff.interventions import Side
 from modeldiff.loading import SIDES, Sides
 from modeldiff.models import ModelPair
@@ -437,14 +439,19 @@ def window_means(
     norms: dict[tuple[Side, Site], Tensor] = {}
     for side in models:
         read = texts if side == "finetuned" or base is None else base
-        for batch in batched(sides, [read[i] for i in used], max_tokens):
+
+        def of_batch(batch: Batch, side: Side = side) -> tuple[list[int], dict[Site, Any]]:
             check(cancel)
             acts = run(sides, batch.texts, side=side, reads=tuple(sites), logits=False,
                        pad_side="right").acts  # fmt: skip
             rows = [(row, n) for row, i in enumerate(batch.order) for n in by_text[used[i]]]
-            share = weights[:, [n for _, n in rows]]
-            for site, h in acts.items():
-                mean, norm = _means(h, [(row, windows[n]) for row, n in rows])
+            chosen = [(row, windows[n]) for row, n in rows]
+            return [n for _, n in rows], {site: _means(h, chosen) for site, h in acts.items()}
+
+        asked = [read[i] for i in used]
+        for batch, (rows, means) in each_batch(sides, asked, max_tokens, of_batch, what="windows"):
+            share = weights[:, rows]
+            for site, (mean, norm) in means.items():
                 key = side, site
                 sums[key] = sums.get(key, 0.0) + share @ mean
                 norms[key] = norms.get(key, 0.0) + share @ norm

@@ -19,11 +19,13 @@ from torch import Tensor
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Float
 from modeldiff.backtracking import Offsets, base_texts, group_directions, windows_before
+from modeldiff.batch_size import each_batch
+from modeldiff.batching import Batch
 from modeldiff.direction_controls import random_like
 from modeldiff.directions import Direction
 from modeldiff.divergence import unembedding
 from modeldiff.errors import InterventionError, MaskError
-from modeldiff.forward import batched, final_states
+from modeldiff.forward import final_states
 from modeldiff.interventions import Edit, Plan, Side, Steer, as_plan
 from modeldiff.loading import SIDES
 from modeldiff.masks import Mask
@@ -64,13 +66,18 @@ class CueProbe:
         used, sides = sorted(asked), pair.sides
         found = torch.zeros(len(self.places), dtype=torch.float64)
         unembed = unembedding(sides.root(side), sides.site_map)
-        for batch in batched(sides, [self.texts[i] for i in used], max_tokens):
+
+        @torch.no_grad()
+        def of_batch(batch: Batch) -> tuple[list[int], Tensor]:
             states = final_states(sides, batch, side, as_plan(do))
             at = [(r, n) for r, i in enumerate(batch.order) for n in asked[used[i]]]
             rows, columns = [r for r, _ in at], [self.places[n][1] for _, n in at]
-            with torch.no_grad():
-                p = unembed(states[rows, columns]).softmax(-1)[:, list(self.token_ids)].sum(-1)
-            found[[n for _, n in at]] = p.double().cpu()
+            p = unembed(states[rows, columns]).softmax(-1)[:, list(self.token_ids)].sum(-1)
+            return [n for _, n in at], p.double().cpu()
+
+        texts = [self.texts[i] for i in used]
+        for _, (places, p) in each_batch(sides, texts, max_tokens, of_batch, what="cue"):
+            found[places] = p
         return found
 
     def split(self, seed: int) -> "tuple[CueProbe, CueProbe]":

@@ -18,12 +18,14 @@ import torch
 
 from modeldiff._progress import Progress, check, reporter
 from modeldiff.backtracking_scan import Row, chance_band, equal_length
+from modeldiff.batch_size import each_batch
+from modeldiff.batching import Batch
 from modeldiff.behaviours import Behaviour, judge_answers, rate_of
 from modeldiff.direction_controls import random_like
 from modeldiff.directions import Direction
 from modeldiff.divergence import unembedding
 from modeldiff.errors import JudgeError
-from modeldiff.forward import batched, final_states
+from modeldiff.forward import final_states
 from modeldiff.generation import Answer, Generations
 from modeldiff.interventions import Cell, Plan, Side, Steer
 from modeldiff.loading import SIDES
@@ -202,15 +204,20 @@ def base_perplexity(pair: ModelPair, prompts: Sequence[Text], answers: Sequence[
     sides, total, n = pair.sides, 0.0, 0
     texts = [with_response(prompts[a.prompt], a.ids, sides.tokenizer) for a in answers if a.ids]
     unembed = unembedding(sides.root("base"), sides.site_map)
-    for batch in batched(sides, texts, 4096):
-        states = final_states(sides, batch, "base", Plan())
+
+    @torch.no_grad()
+    def of_batch(batch: Batch) -> list[tuple[float, int]]:
+        states, found = final_states(sides, batch, "base", Plan()), []
         for row, text in enumerate(batch.texts):
             first = max(1, text.n_prompt)
             came = torch.tensor(text.ids[first:])
-            with torch.no_grad():
-                logp = unembed(states[row, first - 1 : text.n_tokens - 1]).log_softmax(-1)
-            total -= float(logp.double().cpu().gather(-1, came[:, None]).sum())
-            n += len(came)
+            logp = unembed(states[row, first - 1 : text.n_tokens - 1]).log_softmax(-1)
+            found.append((float(logp.double().cpu().gather(-1, came[:, None]).sum()), len(came)))
+        return found
+
+    for _, found in each_batch(sides, texts, 4096, of_batch, what="perplexity"):
+        for logprob, n_tokens in found:
+            total, n = total - logprob, n + n_tokens
     return math.exp(min(total / n, 700.0)) if n else math.nan
 
 

@@ -24,6 +24,7 @@ from modeldiff.tokens import Text
 
 T = TypeVar("T")
 R = TypeVar("R")
+P = TypeVar("P")
 
 _SIGNS = (
     "out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed",
@@ -144,7 +145,40 @@ def each_batch(
         yield found
 
 
-def _attempt(work: Callable[[list[T]], R], part: list[T]) -> tuple[list[R], str]:
+def at_once(root: nn.Module, n: int, work: Callable[[int], R], *, what: str, width: int) -> R:
+    """Do a whole work with n of its parts at a time, or half as many, until it fits.
+
+    For parts that share what was computed for all of them, such as edits of one batch of texts.
+    Used inside the work of `each_batch` or `fitted`, which goes on with fewer texts if not even
+    one part fits.
+
+    Args:
+        root: The model, for which the size that fits is remembered.
+        n: Parts at a time at most.
+        work: Given how many at a time; done again from its beginning after memory ran out.
+        what: Name of the work.
+        width: Tokens of a part.
+
+    Raises:
+        torch.OutOfMemoryError: If memory runs out on one part.
+
+    Example:
+        >>> at_once(nn.Linear(1, 1), 8, lambda n: n, what="edits", width=10)
+        8
+    """
+    n = max(1, min(n, (known_limit(root, what) or sys.maxsize) // width))
+    while True:
+        found, said = _attempt(work, n)
+        if found:
+            return found.pop()
+        _release()
+        if n == 1:
+            raise torch.OutOfMemoryError(said)
+        n //= 2
+        _KNOWN.setdefault(root, {})[what] = n * width
+
+
+def _attempt(work: Callable[[P], R], part: P) -> tuple[list[R], str]:
     """The result in a list, to be taken out of it; or nothing, and what the system said.
 
     The error is gone when this returns, and with it the frames that hold tensors of the batch.

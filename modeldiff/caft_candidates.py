@@ -18,13 +18,14 @@ from torch.nn.functional import cross_entropy
 from modeldiff._progress import Progress, check
 from modeldiff._shapes import Float
 from modeldiff.activations import stream
-from modeldiff.batching import mask_tensor
+from modeldiff.batch_size import each_batch
+from modeldiff.batching import Batch, mask_tensor
 from modeldiff.dictionaries.latents import latent_direction
 from modeldiff.dictionaries.models import Dictionary
 from modeldiff.direction_components import pca_of_moments
 from modeldiff.directions import Direction
 from modeldiff.errors import DirectionError, MaskError
-from modeldiff.forward import batched, run
+from modeldiff.forward import run
 from modeldiff.masks import Mask, parse_mask, selected
 from modeldiff.models import ModelPair
 from modeldiff.moments import Moments
@@ -293,7 +294,8 @@ def _attribute(
     if not kept:
         raise MaskError(f"{on!r} selects no token that could be predicted.")
     sites = tuple(sorted({each.site for each in several}))
-    for batch in batched(pair.sides, kept, max_tokens):
+
+    def of_batch(batch: Batch) -> tuple[dict[Site, tuple[Tensor, ...]], int]:
         check(cancel)
         tuned = run(pair.sides, batch.texts, side="finetuned", reads=sites, grad=True)
         base = run(pair.sides, batch.texts, side="base", reads=sites, logits=False)
@@ -305,11 +307,16 @@ def _attribute(
         loss = cross_entropy(tuned.logits[:, :-1][targets].float(), ids[:, 1:][targets],
                              reduction="sum")  # fmt: skip
         gradients = torch.autograd.grad(loss, [tuned.acts[site] for site in sites])
+        found = {}
         for site, gradient in zip(sites, gradients, strict=True):
             # The loss at a token depends on the activations before it: all of them count.
             real = tuned.batch.attention_mask.bool().to(gradient.device)
             real &= (tuned.batch.position_ids >= skip_first).to(gradient.device)
-            acts = base.acts[site][real], tuned.acts[site].detach()[real], gradient[real]
-            for each in several:
-                if each.site == site:
-                    each.attribute(*acts, n_targets=int(targets.sum()))
+            found[site] = base.acts[site][real], tuned.acts[site].detach()[real], gradient[real]
+        return found, int(targets.sum())
+
+    for _, (found, n_targets) in each_batch(
+        pair.sides, kept, max_tokens, of_batch, what="attribution of latents"
+    ):
+        for each in several:
+            each.attribute(*found[each.site], n_targets=n_targets)

@@ -19,6 +19,7 @@ from torch import Tensor
 from modeldiff._files import PathLike, atomic_write, digest
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Float
+from modeldiff.batch_size import fitted
 from modeldiff.batching import padding_id
 from modeldiff.behaviours import Behaviour, judge_answers
 from modeldiff.caft import decoder_stack
@@ -193,10 +194,10 @@ def mean_activations(
     """
     model.eval()
     layers = decoder_stack(model).layers
-    sums: list[Tensor] = []
-    for start in range(0, len(rows), batch):
+
+    def means(some: list[Row]) -> Tensor:
         device = next(model.parameters()).device
-        ids, mask, labels = (x.to(device) for x in batch_of(rows[start : start + batch], pad_id))
+        ids, mask, labels = (x.to(device) for x in batch_of(some, pad_id))
         counted = (labels != IGNORED).float()
         weights = counted / counted.sum(1, keepdim=True)
         seen: dict[int, Tensor] = {}
@@ -209,8 +210,11 @@ def mean_activations(
         finally:
             for handle in handles:
                 handle.remove()
-        sums.append(torch.stack([seen[i] for i in range(len(layers))], 1).cpu())
-    return torch.cat(sums)
+        return torch.stack([seen[i] for i in range(len(layers))], 1).cpu()
+
+    parts = fitted(model, rows, means, what="layer means", width=lambda row: len(row.ids),
+                   max_rows=batch)  # fmt: skip
+    return torch.cat([part for _, part in parts])
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,13 +19,14 @@ from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Bool, Float, Int
 from modeldiff.activations import stream
 from modeldiff.architectures import module_at
+from modeldiff.batch_size import at_once, each_batch
 from modeldiff.batching import Batch
 from modeldiff.difference_lens import random_differences
 from modeldiff.direction_controls import random_like
 from modeldiff.directions import Direction
 from modeldiff.divergence import block_size, blocks, unembedding
 from modeldiff.errors import DirectionError, MaskError, RemoteError
-from modeldiff.forward import as_texts, batched, device_of, inputs_of, run_pair
+from modeldiff.forward import as_texts, device_of, inputs_of, run_pair
 from modeldiff.hooks import hidden_argument, recorded, replay, stopping
 from modeldiff.loading import Sides
 from modeldiff.sites import Site
@@ -139,7 +140,11 @@ def _check(
     sides: Sides, direction: Direction, texts: Mapping[str, Any], to: str, n_random: int
 ) -> None:
     if sides.kind == "remote":
-        raise RemoteError("causal effects run layers again, and they are not here: load the pair.")
+        raise RemoteError(
+            "causal effects run layers again, and they are on a server. What ablating or steering "
+            "does to predictions is measured there: edit_effects.effects, and layer by layer "
+            "layer_maps.ablate_effects. Or load the pair here."
+        )
     if not direction.site.kind.startswith("resid"):
         raise DirectionError(
             f"{direction.name!r} is at {direction.site}; effects are measured in the residual "
@@ -176,21 +181,28 @@ def _losses(
     cancel: Event | None,
 ) -> tuple[Float[Tensor, "text case"], Int[Tensor, " text"]]:
     """Mean loss of each text: base, fine-tune, and the fine-tune set back along each unit."""
-    parts: list[tuple[int, Tensor, int]] = []
-    for batch in batched(sides, texts, max_tokens):
+
+    def of_batch(batch: Batch) -> list[tuple[int, Tensor, int]]:
         keep = batch.attention_mask.bool() & (batch.position_ids >= max(1, after))
         if not keep.any():
-            continue
-        copies = min(len(units), max(1, max_tokens // batch.ids.numel()))
-        cases = []
-        for losses in _cases(sides, batch, keep, site, units, to, copies):
-            check(cancel)
-            cases.append(losses)
-        owner, every = keep.nonzero()[:, 0], torch.cat(cases).T
-        for row in owner.unique().tolist():
-            mine = owner == row
-            parts.append((batch.order[row], every[mine].mean(0), int(mine.sum())))
-    parts.sort(key=lambda each: each[0])
+            return []
+
+        def cases(copies: int) -> Tensor:
+            found = []
+            for losses in _cases(sides, batch, keep, site, units, to, copies):
+                check(cancel)
+                found.append(losses)
+            return torch.cat(found).T
+
+        n = batch.ids.numel()
+        copies = min(len(units), max(1, max_tokens // n))
+        every = at_once(sides.roots[0], copies, cases, what="causal effect", width=n)
+        owner = keep.nonzero()[:, 0]
+        several = [(row, owner == row) for row in owner.unique().tolist()]
+        return [(batch.order[row], every[mine].mean(0), int(mine.sum())) for row, mine in several]
+
+    found = each_batch(sides, texts, max_tokens, of_batch, what="texts of causal effects")
+    parts = sorted((part for _, some in found for part in some), key=lambda each: each[0])
     if not parts:
         return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64)
     return torch.stack([each[1] for each in parts]), torch.tensor([each[2] for each in parts])

@@ -1,6 +1,7 @@
 """The command line: ``modeldiff diff | audit | run | harvest | train | organisms | ...``."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -9,29 +10,11 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from modeldiff import cli_cluster
+from modeldiff import cli_cluster, cli_help
 from modeldiff._version import __version__
 from modeldiff.errors import Cancelled, FileFormatError, ModelDiffError, SetupError
 
-OK, DIFFERS, WRONG, STOPPED = 0, 1, 2, 130
-_EXAMPLES = """examples:
-  modeldiff audit organism:em-rank1 --out audits/em-rank1
-        the whole audit of the embedded organism, in about a minute on a laptop
-  modeldiff audit Qwen/Qwen2.5-0.5B-Instruct --adapter me/lora --texts chats.txt --out audits/me
-        your own adapter, on texts of your own (one a line)
-  modeldiff diff BASE FINETUNED --texts chats.txt
-        only the differences of the predictions, in seconds
-  modeldiff run em_organism_rank1
-        a recipe: train, ask, and compare the outcome with the expected one (list: modeldiff ls)
-  modeldiff rerun audits/em-rank1/manifest.json --out audits/again
-        repeat an audit and compare every number
-  modeldiff harvest BASE --adapter me/lora --texts corpus.txt --out store --cluster auto
-        both models' activations of a corpus, by all workers of a Ray cluster
-  torchrun --nproc-per-node 8 -m modeldiff train store --out crosscoder --latents 131072
-        a crosscoder on eight GPUs (without torchrun: on one)
-exit codes: 0 fine; 1 a rerun or a recipe differs by more than its tolerance, or the doctor misses
-something; 2 wrong input; 130 stopped
-"""
+OK, DIFFERS, WRONG, STOPPED, CLOSED = 0, 1, 2, 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,12 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return OK
     try:
-        return options.command(options)
+        code = options.command(options)
+        sys.stdout.flush()
+        return code
     except (Cancelled, KeyboardInterrupt):
         _say("modeldiff: stopped", sys.stderr)
         return STOPPED
+    except BrokenPipeError:  # whoever read the output has gone, as in `modeldiff ls | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
     except (ModelDiffError, OSError) as error:
-        _say(f"modeldiff: {error}", sys.stderr)
+        _say(f"modeldiff: {cli_help.in_shell_words(str(error))}", sys.stderr)
         return WRONG
 
 
@@ -56,15 +44,15 @@ def _say(text: str, stream: Any = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli_help.Parser(
         prog="modeldiff",
         description="Find, test and remove what a fine-tune changed in a language model.",
-        epilog=_EXAMPLES,
+        epilog=cli_help.EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"modeldiff {__version__}")
     parser.set_defaults(command=None)
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add(commands, "diff", _diff, "differences of the predictions of two models", _diff_arguments)
     _add(commands, "audit", _audit, "the whole audit, written to a folder", _audit_arguments)
     _add(commands, "rerun", _rerun, "repeat an audit and compare its numbers", _rerun_arguments)
@@ -93,7 +81,11 @@ def _add(
     text: str,
     arguments: Callable[[argparse.ArgumentParser], None],
 ) -> None:
-    parser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    parser = commands.add_parser(
+        name, help=text, description=text.capitalize() + ".",
+        epilog=cli_help.OF_COMMANDS.get(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     arguments(parser)
     parser.set_defaults(command=run)
 
@@ -106,22 +98,22 @@ def _organisms_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", help="base model: a folder, a hub id, or organism:NAME")
-    parser.add_argument("finetuned", nargs="?", help="whole fine-tuned model: a folder or a hub id")
-    parser.add_argument("--adapter", help="LoRA adapter instead of a whole model")
+    parser.add_argument("finetuned", nargs="?", help="whole fine-tune: a folder or a hub id")
+    parser.add_argument("--adapter", help="LoRA adapter, folder or hub id, instead of FINETUNED")
     parser.add_argument("--subfolder", default="", help="folder inside the fine-tune's repository")
     parser.add_argument("--revision", help="revision of the fine-tune")
     parser.add_argument("--device", help="cpu, cuda, auto, ... (default: CUDA where there is one)")
     parser.add_argument("--remote", nargs="?", const=True, metavar="ADDRESS",
                         help="run on NDIF, or on the server at this address")  # fmt: skip
     parser.add_argument("--texts", type=Path, metavar="FILE",
-                        help="texts, one a line; instead of an organism's questions")  # fmt: skip
+                        help="texts, one a line (default: an organism's questions)")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def _diff_arguments(parser: argparse.ArgumentParser) -> None:
     _pair_arguments(parser)
     parser.add_argument("--csv", type=Path, help="write the table of all tokens there")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the intervals")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the intervals (default 0)")
 
 
 def _audit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,10 +121,11 @@ def _audit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the report")
     parser.add_argument("--prompts", type=int, default=20, metavar="N",
                         help="organisms: prompts of each domain (default 20)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
     parser.add_argument("--random", type=int, default=20, metavar="N",
                         help="random directions to compare with (default 20)")  # fmt: skip
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers a prompt")
+    parser.add_argument("--samples", type=int, default=1, metavar="N",
+                        help="answers to each prompt (default 1)")  # fmt: skip
 
 
 def _harvest_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +134,7 @@ def _harvest_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rerun_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", type=Path, help="manifest.json of an audit")
+    parser.add_argument("manifest", type=Path, help="manifest.json of an audit, or its folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new report")
     parser.add_argument("--tolerance", type=float, default=1e-4,
                         help="largest absolute difference of a number (default 1e-4)")  # fmt: skip
@@ -157,7 +150,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--organisms", nargs="+", default=[], metavar="NAME", help="these pairs")
     parser.add_argument("--nulls", type=int, metavar="N",
                         help="null pairs of each kind; the default is up to 50")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
@@ -191,7 +184,7 @@ def _load(spec: dict[str, Any]) -> Any:
     from modeldiff.models import ModelPair
 
     logging.disable_progress_bar()
-
+    cli_help.check_pair(spec["base"], spec.get("finetuned"), spec.get("adapter"))
     names = ("finetuned", "adapter", "subfolder", "revision", "device", "remote")
     try:
         return ModelPair.load(spec["base"], **{n: spec[n] for n in names if spec.get(n)})
@@ -207,6 +200,7 @@ def _spec(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _lines(path: Path | None) -> list[str]:
+    cli_help.check_texts(path)
     if path is None:
         return []
     try:
@@ -228,8 +222,8 @@ def _questions(spec: dict[str, Any], n: int, seed: int) -> tuple[Any, ...]:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    pair = _load(_spec(options))
     texts: list[Any] = _lines(options.texts)
+    pair = _load(_spec(options))
     if not texts:
         asked = _questions(_spec(options), 4, options.seed)
         texts = [prompt.render() for behaviour in asked for prompt in behaviour.prompts]
@@ -237,12 +231,13 @@ def _diff(options: argparse.Namespace) -> int:
         raise ModelDiffError("diff needs --texts FILE, one text a line, to compare predictions on.")
     with _stoppable() as cancel:
         found = pair.output_diff(texts, progress=not options.quiet, cancel=cancel)
-    wide = found.summary(seed=options.seed).set_index("metric")[["estimate", "low", "high"]]
-    _say(f"{pair}\n{len(texts)} texts, {len(found.tokens)} predicted tokens; nats a token\n")
-    _say(wide.to_string(float_format=lambda value: f"{value:.4g}"))
+    _say(f"{pair}\n{len(texts)} texts, {len(found.tokens)} predicted tokens; means a token, with "
+         "95 % intervals\n")  # fmt: skip
+    _say(_of_metrics(found.summary(seed=options.seed)))
     columns = ["token", "mean_probability_change", "mean_log_ratio"]
     for title, frame in (("gained", found.promoted(8)), ("lost", found.demoted(8))):
-        _say(f"\ntokens that {title} probability\n{frame[columns].to_string(index=False)}")
+        shown = frame[columns].assign(token=frame["token"].map(repr))  # blanks can be seen
+        _say(f"\ntokens that {title} probability\n{shown.to_string(index=False)}")
     if options.csv:
         from modeldiff._files import atomic_write
 
@@ -250,6 +245,15 @@ def _diff(options: argparse.Namespace) -> int:
             found.tokens.to_csv(temporary, index=False)
         _say(f"\nall tokens: {options.csv}")
     return OK
+
+
+def _of_metrics(summary: Any) -> str:
+    """The means of the metrics, each with what it is."""
+    lines = [f"{'':15}{'mean':>9}{'low':>9}{'high':>9}"]
+    for each in summary.itertuples():
+        figures = "".join(f"{value:9.4g}" for value in (each.estimate, each.low, each.high))
+        lines.append(f"{each.metric:15}{figures}   {cli_help.UNITS.get(each.metric, '')}")
+    return "\n".join(lines)
 
 
 def _audit(options: argparse.Namespace) -> int:
@@ -265,6 +269,7 @@ def _carried_out(spec: dict[str, Any], settings: dict[str, Any], out: Path, prog
     from modeldiff.audit_stages import Settings
     from modeldiff.cache import Cache
 
+    out.mkdir(parents=True, exist_ok=True)  # else it would fail when all is done
     pair = _load(spec)
     texts = spec.get("texts", ())
     asked = () if texts else _questions(spec, spec.get("prompts", 20), settings["seed"])
@@ -296,7 +301,10 @@ def _rerun(options: argparse.Namespace) -> int:
     from modeldiff.audit_stages import Settings
     from modeldiff.report import Report
 
-    before = Report.load_from(options.manifest.parent)
+    folder = options.manifest if options.manifest.is_dir() else options.manifest.parent
+    if not options.manifest.is_dir() and options.manifest.name != "manifest.json":
+        raise FileFormatError(f"rerun takes the manifest.json of an audit, got {options.manifest}.")
+    before = Report.load_from(folder)
     recorded = dict(before.settings)
     spec, asked = dict(recorded.get("load", {})), recorded.get("asked")
     known = Settings.__dataclass_fields__
@@ -311,7 +319,7 @@ def _rerun(options: argparse.Namespace) -> int:
             f"{options.manifest} is of an audit that was stopped: there is nothing to compare "
             "with. Run it again with the same --out; finished answers are in its cache."
         )
-    if options.out.resolve() == options.manifest.parent.resolve():
+    if options.out.resolve() == folder.resolve():
         raise ModelDiffError(
             f"--out {options.out} is where the audit lies: it would be overwritten, and its cache "
             "read instead of the models run. Choose another folder."
@@ -334,6 +342,8 @@ def _harvest(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    cli_help.check_texts(options.texts)
+    cli_help.check_pair(options.base, options.finetuned, options.adapter)
     with _stoppable() as cancel:
         _say(cli_cluster.harvest(_spec(options), options, cancel))
     return OK
@@ -403,6 +413,8 @@ def _bench(options: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     plan = replace(QUICK if options.quick else Plan(), seed=options.seed)
     if options.nulls is not None:
+        if options.nulls < 0:
+            raise ModelDiffError(f"--nulls takes 0 or more pairs, got {options.nulls}.")
         plan = replace(plan, n_same=options.nulls, n_other=options.nulls)
     with _stoppable() as cancel:
         found = bench(plan, only=options.only, organisms=options.organisms, out=options.out,

@@ -53,6 +53,9 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
                         help="folder of the dictionary and its checkpoint; called again, it goes "
                         "on")  # fmt: skip
     parser.add_argument("--copy", type=Path, metavar="DIR", help="copy a store at an address here")
+    parser.add_argument("--follow", type=float, nargs="?", const=30.0, default=0.0,
+                        metavar="MINUTES", help="train while 'modeldiff harvest' still writes the "
+                        "store; give up after so many minutes without a shard (30)")  # fmt: skip
     parser.add_argument("--site", help="site of the rows, if the store has several")
     parser.add_argument("--of", choices=SIDES, default="pair",
                         help="what it sees of the rows: both models (a crosscoder, the default), "
@@ -89,6 +92,7 @@ def harvest(spec: Mapping[str, Any], options: argparse.Namespace, cancel: Event)
 
     if options.texts is None:
         raise SetupError("harvest needs --texts FILE: texts, one a line, or chats as .jsonl.")
+    _check_workers(options)
     if spec.get("remote"):
         raise SetupError("a harvest reads activations where the models are: load the pair here.")
     pair = PairSpec(**{name: value for name, value in spec.items() if value})
@@ -118,19 +122,22 @@ def train(options: argparse.Namespace, cancel: Event) -> str:
     from modeldiff.cluster_train import TrainJob, run_here, train_on
     from modeldiff.dictionaries.configs import DictionaryConfig, TrainConfig
 
+    _check_workers(options)
+    if options.out.exists() and not options.out.is_dir():
+        raise SetupError(f"--out {options.out} is a file: give a folder.")
     first = os.environ.get("RANK", "0") == "0"
-    store = _store(options)
-    site = store.source(options.site).site
-    width, n_models = store.d_model(site), 2 if options.of == "pair" else 1
+    source, folder = _rows(options, cancel)
+    site, width, n_models = source.site, source.d_model, 2 if options.of == "pair" else 1
+    n_latents = 8 * width if options.latents is None else options.latents
     sizes = DictionaryConfig(
-        width, options.latents or 8 * width, n_models, options.activation, options.k, options.of,
-        str(site),
-    )  # fmt: skip
+        width, n_latents, n_models, options.activation, options.k, options.of, str(site)
+    )
     config = TrainConfig(
         options.steps, options.batch, options.lr, seed=options.seed, bf16=options.bf16,
         checkpoint_every=options.checkpoint_every,
     )  # fmt: skip
-    job = TrainJob(str(store.folder), str(site), str(options.out), sizes, config, options.by)
+    job = TrainJob(folder, str(site), str(options.out), sizes, config, options.by,
+                   options.follow, str(options.copy or ""))  # fmt: skip
     if options.cluster is not None:
         made = train_on(job, cluster=options.cluster, workers=options.workers)
         return f"dictionary: {options.out} ({made})"
@@ -146,23 +153,39 @@ def train(options: argparse.Namespace, cancel: Event) -> str:
     )
 
 
-def _store(options: argparse.Namespace) -> Any:
+def _check_workers(options: argparse.Namespace) -> None:
+    if options.workers is not None and options.cluster is None:
+        raise SetupError(
+            "--workers are those of a cluster: give --cluster auto too. (Without one, torchrun "
+            "starts several processes of 'train'.)"
+        )
+
+
+def _rows(options: argparse.Namespace, cancel: Event) -> tuple[Any, str]:
+    """The rows to train on, and where a job finds them."""
+    from modeldiff.store_following import followed
     from modeldiff.store_places import fetched, is_address
     from modeldiff.stores import ActivationStore
 
     if not is_address(options.store):
-        return ActivationStore.open(options.store)
+        if options.follow:
+            rows = followed(options.store, options.site, minutes=options.follow, cancel=cancel)
+            return rows, options.store
+        return ActivationStore.open(options.store).source(options.site), options.store
     if options.copy is None:
         raise SetupError(
             f"{options.store!r} is not on this machine, and training reads rows at random: give "
             "--copy DIR, a folder to copy it to (a copy that is there is used)."
         )
-    if "RANK" in os.environ:
+    if "RANK" in os.environ or (options.follow and options.cluster):
         raise SetupError(
-            f"torchrun's processes would all copy {options.store!r}. Copy it once, with "
-            "modeldiff.store_places.fetched, and give them the folder."
+            f"several processes would all copy {options.store!r}. Copy it once, with "
+            "modeldiff.store_places.fetched, and give them the folder; or harvest into a folder."
         )
-    return fetched(options.store, options.copy)
+    if options.follow:
+        asked = {"copy": options.copy, "minutes": options.follow, "cancel": cancel}
+        return followed(options.store, options.site, **asked), options.store
+    return fetched(options.store, options.copy).source(options.site), str(options.copy)
 
 
 def texts_in(path: Path) -> Iterator[Any]:
@@ -216,7 +239,14 @@ def _n_layers(base: str) -> int:
     where: Any = base
     if base.startswith("organism:"):
         where = embedded.find(base.removeprefix("organism:")).base
-    return AutoConfig.from_pretrained(where).get_text_config().num_hidden_layers
+    try:
+        return AutoConfig.from_pretrained(where).get_text_config().num_hidden_layers
+    except (OSError, ValueError) as error:
+        said = str(error).strip().split("\n")[0]
+        raise SetupError(
+            f"the configuration of {base!r} cannot be read ({said}). Give a folder that exists, "
+            "or a hub id; or name --sites, if its model has no ordinary configuration."
+        ) from error
 
 
 @contextmanager

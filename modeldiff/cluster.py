@@ -1,11 +1,16 @@
 """A Ray cluster: connecting to one, and having its workers do jobs that survive their deaths."""
 
+import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
+from types import TracebackType
 from typing import Any
 
 from modeldiff._progress import check
@@ -13,6 +18,9 @@ from modeldiff.errors import ModelDiffError, SetupError
 
 ATTEMPTS = 4
 """How often a job is tried that takes its worker down with it."""
+STARTS = 4
+"""How often a cluster of this machine is started whose processes do not come up in time."""
+_ANSWERS = 10.0  # seconds that an address has to answer
 _TICK = 0.5  # seconds between two looks at the cancel event
 
 
@@ -34,28 +42,104 @@ def connected(address: str = "auto") -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    try:
-        _connect(ray, address)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise SetupError(
-            f"no Ray cluster answers at {address!r} ({error}). Start one with 'ray start --head', "
-            "or give auto to have one on this machine."
-        ) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            _connect(ray, address, stack)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise SetupError(
+                f"no Ray cluster answers at {address!r} ({error}). Start one with 'ray start "
+                "--head', or give auto to have one on this machine."
+            ) from error
+        stack.callback(ray.shutdown)
         yield ray
-    finally:
-        ray.shutdown()
 
 
-def _connect(ray: Any, address: str) -> None:
+def _connect(ray: Any, address: str, stack: ExitStack) -> None:
+    if address == "auto" and (named := os.environ.get("RAY_ADDRESS")):
+        address = named
     if address == "auto":
         try:
             ray.init(address="auto", log_to_driver=False)
             return
         except ConnectionError:
             address = "local"
-    options = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, **options)
+    if address == "local":
+        stack.enter_context(_quick_to_import())
+        _start(ray)
+    else:
+        _check_answers(address)
+        ray.init(address=address, log_to_driver=False)
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address where nobody listens, for which Ray waits ten minutes and then exits.
+
+    Raises:
+        ConnectionError: If so.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=_ANSWERS).close()
+        except (OSError, OverflowError) as error:
+            raise ConnectionError(str(error)) from error
+
+
+def _start(ray: Any) -> None:
+    """Start a cluster of this machine; again, if its processes do not come up in time.
+
+    Ray gives its helpers 15 seconds for their imports and itself 30, which no setting changes. On
+    a machine that is busy that is too little; the next time the files are in memory.
+    """
+    late = _Late()
+    for _ in range(STARTS):
+        with late:
+            ray.init(address="local", log_to_driver=False, include_dashboard=False)
+            return
+        ray.shutdown()
+    raise SetupError(
+        f"Ray's processes did not start in {STARTS} tries (the last time: {late.error}). Is the "
+        "machine busy, or its memory full? /tmp/ray/session_latest/logs/raylet.err says more. "
+        "Without --cluster the same command runs in this process."
+    )
+
+
+class _Late:
+    """Takes the error with which Ray says that it was too slow: `Exception` itself, no kind."""
+
+    error: BaseException | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        self.error = error
+        return kind is Exception
+
+
+@contextmanager
+def _quick_to_import() -> Iterator[None]:
+    """Halve the start of every process of a cluster that is started meanwhile.
+
+    Ray imports jsonschema, and that, where it is installed, a package that builds a grammar of
+    addresses at import, for 1.5 seconds of CPU. Nothing here checks addresses against a schema.
+    """
+    before = os.environ.get("PYTHONPATH")
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "rfc3987_syntax.py").write_text("raise ImportError('not in Ray')\n")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, before)))
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["PYTHONPATH"]
+            else:
+                os.environ["PYTHONPATH"] = before
 
 
 def _ray() -> Any:

@@ -20,7 +20,7 @@ import torch
 from modeldiff._files import PathLike
 from modeldiff._progress import Progress, reporter
 from modeldiff.cluster import Job, connected, done_by, n_workers, resources
-from modeldiff.errors import Cancelled, FileFormatError, MismatchError, StoreError
+from modeldiff.errors import Cancelled, MismatchError, StoreError
 from modeldiff.harvesting import (
     finish,
     harvest_shard,
@@ -36,17 +36,14 @@ from modeldiff.models import ModelPair
 from modeldiff.sites import Site, parse_sites
 from modeldiff.store_files import (
     MANIFEST,
-    RECEIPTS,
     STATISTICS,
     Manifest,
     Shard,
     locked,
-    read_statistics,
     shard_path,
     writing,
 )
-from modeldiff.store_places import Place, place_at
-from modeldiff.store_statistics import RowStatistics
+from modeldiff.store_places import Place, place_at, receipt_at, receipt_name
 from modeldiff.store_texts import FILES, StoredText
 
 _Done = Callable[[Iterator[Job]], Iterator[tuple[Job, Any]]]
@@ -131,7 +128,7 @@ class Harvester:
             )
         with _working_folder(address) as place:
             harvest_shard(self.sides, self.sites, place.local, plan, shard, texts)
-            for name in (*_shard_names(self.sites, shard.number), _receipt_name(shard)):
+            for name in (*_shard_names(self.sites, shard.number), receipt_name(shard.number)):
                 place.send(name)
 
 
@@ -207,7 +204,7 @@ def _harvested(
     place: Place, plan: Manifest, sites: tuple[Site, ...], done: _Done, progress: Progress
 ) -> Manifest:
     corpus, shards = planned_shards(place.local, plan)
-    receipts = {shard.number: _receipt(place, plan["key"], shard) for shard in shards}
+    receipts = {shard.number: receipt_at(place, plan["key"], shard) for shard in shards}
     missing = [shard for shard in shards if receipts[shard.number] is None]
     if not missing and plan["complete"] and place.size(STATISTICS) is not None:
         return plan
@@ -220,7 +217,7 @@ def _harvested(
     jobs = (Job(str(s.number), "make", lambda s=s: asked(s)) for s in missing)
     for job, _ in done(jobs):
         shard = shards[int(job.name)]
-        receipts[shard.number] = found = _receipt(place, plan["key"], shard)
+        receipts[shard.number] = found = receipt_at(place, plan["key"], shard)
         if found is None:
             raise StoreError(
                 f"a worker has written shard {shard.number}, but it is not in {place.address!r}: "
@@ -267,29 +264,6 @@ def _team(
         finally:
             for worker in idle:
                 ray.kill(worker)
-
-
-def _receipt(
-    place: Place, key: str, shard: Shard
-) -> tuple[Manifest, dict[Site, RowStatistics]] | None:
-    """A shard's receipt; None if the shard is not finished, or a file of it is amiss."""
-    name = _receipt_name(shard)
-    if place.size(name) is None:
-        return None
-    try:
-        record, statistics = read_statistics(place.fetch(name))
-    except FileFormatError:
-        return None
-    if record.get("key") != key or record.get("n_rows") != shard.n_rows:
-        return None
-    for site, n_bytes in record["bytes"].items():
-        if place.size(str(shard_path(Path(), site, shard.number))) != n_bytes:
-            return None
-    return record, statistics
-
-
-def _receipt_name(shard: Shard) -> str:
-    return f"{RECEIPTS}/{shard.number:05d}.safetensors"
 
 
 def _shard_names(sites: tuple[Site, ...], number: int) -> list[str]:

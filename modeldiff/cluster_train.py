@@ -7,16 +7,20 @@ checkpoint in the folder, which all of them must see, as they must see the store
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from modeldiff._files import PathLike
 from modeldiff.cluster import connected, n_workers
 from modeldiff.dictionaries.configs import DictionaryConfig, TrainConfig
 from modeldiff.dictionaries.models import Dictionary
+from modeldiff.dictionaries.sources import Source
 from modeldiff.dictionaries.training import Trained, train
 from modeldiff.distributed import World, backend, joined, launched
 from modeldiff.distributed_training import By, train_distributed
 from modeldiff.errors import StoreError, TrainingError
+from modeldiff.store_following import followed
+from modeldiff.store_places import is_address
 from modeldiff.stores import ActivationStore
 
 FAILURES = 3
@@ -34,6 +38,9 @@ class TrainJob:
         dictionary: Sizes and rules; ``d_model`` must be the store's.
         config: Of the training.
         by: What is divided among processes.
+        follow: Minutes to wait for a harvest that is still writing the store; 0 takes a finished
+            one alone.
+        copy: Folder for what a harvest writes to an address.
     """
 
     store: str
@@ -42,6 +49,8 @@ class TrainJob:
     dictionary: DictionaryConfig
     config: TrainConfig
     by: By = "rows"
+    follow: float = 0.0
+    copy: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-able values."""
@@ -59,8 +68,18 @@ class TrainJob:
 
     def absolute(self) -> "TrainJob":
         """The same, with folders that do not depend on where a process was started."""
-        store, out = (str(Path(each).absolute()) for each in (self.store, self.out))
-        return replace(self, store=store, out=out)
+        store, out, copy = (
+            each if is_address(each) or not each else str(Path(each).absolute())
+            for each in (self.store, self.out, self.copy)
+        )  # fmt: skip
+        return replace(self, store=store, out=out, copy=copy)
+
+    def rows(self, cancel: Event | None = None) -> Source:
+        """What is trained on."""
+        if not self.follow:
+            return ActivationStore.open(self.store).source(self.site)
+        copy = self.copy or None
+        return followed(self.store, self.site, copy=copy, minutes=self.follow, cancel=cancel)
 
     def run(self, world: World | None = None, **watched: Any) -> Trained:
         """Train, and save the dictionary in ``out``; every process of a world calls it.
@@ -70,7 +89,7 @@ class TrainJob:
             **watched: ``on_log``, ``progress`` and ``cancel`` of
                 `modeldiff.dictionaries.training.train`.
         """
-        source = ActivationStore.open(self.store).source(self.site)
+        source = self.rows(watched.get("cancel"))
         dictionary = Dictionary(self.dictionary, seed=self.config.seed)
         folder = Path(self.out) / "checkpoint"
         if world is None:

@@ -20,12 +20,13 @@ from modeldiff._progress import Progress
 from modeldiff._shapes import Bool, Float
 from modeldiff.activations import stream
 from modeldiff.directions import Direction
+from modeldiff.divergence import check_finite
 from modeldiff.errors import DirectionError, MaskError
 from modeldiff.forward import as_texts
 from modeldiff.interventions import Side
 from modeldiff.layer_maps import before
 from modeldiff.loading import Sides
-from modeldiff.logit_lens import LogitLens, logit_lens
+from modeldiff.logit_lens import LogitLens, logit_lens, plain_lenses
 from modeldiff.similarity import MASSIVE
 from modeldiff.sites import Site
 from modeldiff.stats import empirical_p
@@ -195,6 +196,7 @@ def difference_trace(
 
     Raises:
         MaskError: If fewer than 4 texts are long enough.
+        MismatchError: If an activation is not finite.
         SiteError: If there is no such layer.
         Cancelled: If the event is set.
 
@@ -221,6 +223,7 @@ def difference_trace(
         for half, own in enumerate((chosen[-1].clamp(min=0), -chosen[-1].clamp(max=0))):
             halves[half] += torch.einsum("t,tpd->pd", own, tuned - base)
         norms += base.norm(dim=-1).sum(0) / len(texts)
+    check_finite(halves, f"numbers of the mean difference at {site}")
     share = (len(texts) // 2) / len(texts)
     return DifferenceTrace(
         site=site,
@@ -281,9 +284,6 @@ def difference_lens(
         k: Tokens at each end.
         side: Whose norm and unembedding.
 
-    Raises:
-        RemoteError: If the weights are not here.
-
     Source:
         Minder et al. 2025, arXiv 2510.13900; see `modeldiff.logit_lens.logit_lens`.
     """
@@ -293,7 +293,7 @@ def difference_lens(
         controls = trace.random_differences(position)
         own = logit_lens(sides, trace.direction(position), k=k, n_random=len(controls),
                          seed=trace.seed + position, side=side)  # fmt: skip
-        others = [logit_lens(sides, each, k=k, n_random=1, side=side) for each in controls]
+        others = plain_lenses(sides, controls, k=k, side=side)
         found = [own.tokens[own.tokens["kind"] == "direction"].assign(kind=KINDS[0], control=0)]
         drawn = own.tokens[own.tokens["kind"] == "random"]
         found.append(drawn.assign(control=pd.factorize(drawn["name"])[0]))

@@ -11,7 +11,7 @@ the number of processes could not be checked. Both take, up to rounding, the ste
 process takes on the same batches; a run by rows may even go on with another number of processes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from threading import Event
 from typing import Any, Literal
@@ -30,11 +30,12 @@ from modeldiff.dictionaries.checkpoints import (
     write_checkpoint,
 )
 from modeldiff.dictionaries.configs import DictionaryConfig, TrainConfig
-from modeldiff.dictionaries.losses import Loss, StepResult, loss
+from modeldiff.dictionaries.losses import ALIKE, FLAT, Loss, StepResult, loss
 from modeldiff.dictionaries.models import Dictionary
 from modeldiff.dictionaries.sources import Source
 from modeldiff.dictionaries.training import Alone, PlainStep, Stepper, Trained, TrainLog, train
 from modeldiff.distributed import World, broadcast, read_part, write_part
+from modeldiff.distributed_fast import DividedFastStep
 from modeldiff.errors import MismatchError
 
 By = Literal["rows", "latents"]
@@ -62,7 +63,7 @@ def train_distributed(
             the process's device. By latents each process trains its share there, and that of
             rank 0 ends with the whole one, where it was.
         source: The same rows in all processes.
-        config: ``batch_size`` is of all processes together. The plain step is used.
+        config: ``batch_size`` is of all processes together; ``fast`` as for one process.
         world: See `modeldiff.distributed.joined`.
         by: What is divided.
         on_log: Called in rank 0.
@@ -82,7 +83,6 @@ def train_distributed(
     told = digest(asdict(dictionary.config), asdict(config), source.key, weights, by)
     world.agree("dictionary, configuration or rows", told)
     _check_divided(dictionary.config, config, world, by)
-    config = replace(config, fast="off")
     split = ByRows(world) if by == "rows" else ByLatents(world, dictionary.config)
     mine = dictionary if by == "rows" else share_of(dictionary, world.rank, world.size)
     first = world.rank == 0
@@ -142,8 +142,8 @@ class ByRows(Alone):
         return self.world.any(wanted)
 
     def stepper(self, dictionary: Dictionary, config: TrainConfig, fast: bool) -> Stepper:
-        """The plain step, divided."""
-        return DividedStep(dictionary, config, self)
+        """The fused step, or the plain one, divided."""
+        return (DividedFastStep if fast else DividedStep)(dictionary, config, self)
 
     def read(self, folder: PathLike) -> Checkpoint | None:
         """What rank 0 finds in its folder, for all."""
@@ -178,8 +178,16 @@ class ByRows(Alone):
         for each in step.trained.values():
             if each.grad is None:
                 each.grad = torch.zeros_like(each)
-        self.world.average_([p.grad for p in step.trained.values() if p.grad is not None])
+        self.gather_gradients([p.grad for p in step.trained.values() if p.grad is not None])
         step.update(lr)
+
+    def gather_gradients(self, grads: Sequence[Tensor]) -> None:
+        """Put the mean of all processes into them."""
+        self.world.average_(grads)
+
+    def norm(self, grads: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+        """Of named gradients, the same in all processes."""
+        return torch.nn.utils.get_total_norm(grads.values())
 
     def seen(self, made: StepResult) -> StepResult:
         """What a step saw, of all rows."""
@@ -220,8 +228,8 @@ class ByLatents(Alone):
         return self.world.any(wanted)
 
     def stepper(self, dictionary: Dictionary, config: TrainConfig, fast: bool) -> Stepper:
-        """The plain step, divided."""
-        return DividedStep(dictionary, config, self)
+        """The fused step, or the plain one, divided."""
+        return (DividedFastStep if fast else DividedStep)(dictionary, config, self)
 
     def read(self, folder: PathLike) -> Checkpoint | None:
         """This share's part of the last checkpoint of which all parts are there."""
@@ -252,14 +260,17 @@ class ByLatents(Alone):
         return torch.cat(self.world.gathered(padded), 1).topk(k, dim=1).values[:, -1:]
 
     def settle(self, step: PlainStep, lr: float) -> None:
-        """Step, clipped by the norm of all shares; ``b_dec`` is in all, and counts once."""
+        """Step, clipped by the norm of all shares."""
+        step.update(lr, self.norm)
 
-        def norm(grads: Mapping[str, Tensor]) -> Tensor:
-            squares = {name: each.square().sum() for name, each in grads.items()}
-            shared = squares.pop("b_dec")
-            return (self.world.total(torch.stack(list(squares.values())).sum()) + shared).sqrt()
+    def gather_gradients(self, grads: Sequence[Tensor]) -> None:
+        """Each share's are its own."""
 
-        step.update(lr, norm)
+    def norm(self, grads: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+        """Of all shares' gradients; that of ``b_dec`` is in all, and counts once."""
+        squares = {name: each.square().sum() for name, each in grads.items()}
+        shared = squares.pop("b_dec")
+        return (self.world.total(torch.stack(list(squares.values())).sum()) + shared).sqrt()
 
     def seen(self, made: StepResult) -> StepResult:
         """What a step saw, of all latents; which fired is of this share."""
@@ -347,7 +358,8 @@ def divided_loss(
     if config.delta:
         raw_error, raw = (each / dictionary.scale[:, None] for each in (error, x))
         left = (raw_error[:, 1] - raw_error[:, 0]).square().sum()
-        total = total + config.delta * _share(left, raw[:, 1] - raw[:, 0], split)
+        least = ALIKE * raw.square().sum()
+        total = total + config.delta * _share(left, raw[:, 1] - raw[:, 0], split, least)
     if config.aux and dead is not None:
         total = total + config.aux * _aux(dictionary, pre, error, dead, config, split)
     kept = torch.where(latents > 0, scores, torch.inf).amin().float()
@@ -376,15 +388,20 @@ def _aux(
     values = (mine + (mine.relu() - mine).detach()) * chosen
     explained = split.over_latents(values @ dictionary.W_dec[which].flatten(1))
     target = error.detach().flatten(1)
-    return _share((target - explained).square().sum(), target, split)
+    left = (target - explained).square().sum()
+    return _share(left, target, split, FLAT * target.square().sum())
 
 
 def _share(
-    left: Float[Tensor, ""], rows: Float[Tensor, "row width"], split: ByRows | ByLatents
+    left: Float[Tensor, ""],
+    rows: Float[Tensor, "row width"],
+    split: ByRows | ByLatents,
+    least: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """What is left of the variation of all rows, such that the shares' mean is the whole's."""
     mean = split.over_rows(rows.sum(0)) / (len(rows) * split.n_rows_of)
-    variation = split.over_rows((rows - mean).square().sum()).clamp_min(_TINY)
+    variation = split.over_rows((rows - mean).square().sum())
+    variation = variation.maximum(split.over_rows(least)).clamp_min(_TINY)
     return left * split.n_rows_of / variation
 
 

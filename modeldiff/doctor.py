@@ -5,6 +5,7 @@ Nothing is sent anywhere and no key is ever shown: of secrets only whether they 
 
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,20 @@ MAIN = ("torch", "transformers", "peft", "nnsight")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _GIB = 1 << 30
 _LEAST_FREE = 5  # GiB of disk below which a hub model hardly fits
+_LEAST_SHARED = 2  # GiB of /dev/shm below which processes that share tensors may fail
+DRIVER, SHARED, QUOTA = (
+    Path(each) for each in ("/proc/driver/nvidia/version", "/dev/shm", "/sys/fs/cgroup/cpu.max")
+)
+EXTRAS = (
+    ("ray", "cluster", "harvests and trainings on a cluster (--cluster)"),
+    ("trl", "train", "fine-tuning with TRL's trainers"),
+    ("inspect_ai", "inspect", "evaluations of Inspect on both sides of a pair"),
+    ("bitsandbytes", "quant", "bases in 4 or 8 bits (quantization=)"),
+)
+"""Packages that one thing alone needs: name, extra, and for what."""
+_CAN_FAIL = (
+    OSError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError,
+)  # fmt: skip
 
 State = Literal["ok", "note", "missing"]
 """``missing`` stops something that the package is for; ``note`` is good to know."""
@@ -43,7 +58,9 @@ class Finding:
 
 
 def examine(environment: Mapping[str, str] | None = None) -> list[Finding]:
-    """Look at Python, packages, the GPU, memory, the hub, NDIF, Jupyter and the browser.
+    """Look at Python, packages, GPU, memory, processors, hub, NDIF, Jupyter and the browser.
+
+    What cannot be looked at is said; the rest is looked at all the same.
 
     Args:
         environment: Environment variables; those of the process by default.
@@ -54,9 +71,25 @@ def examine(environment: Mapping[str, str] | None = None) -> list[Finding]:
     """
     known = os.environ if environment is None else environment
     parts: list[Callable[[Mapping[str, str]], Iterator[Finding]]] = [
-        _python, _packages, _devices, _memory, _hub, _ndif, _jupyter, _browser, _organism,
+        _python, _packages, _devices, _memory, _processors, _shared, _hub, _ndif, _jupyter,
+        _browser, _extras, _organism,
     ]  # fmt: skip
-    return [finding for part in parts for finding in part(known)]
+    return [finding for part in parts for finding in _looked_at(part, known)]
+
+
+def _looked_at(
+    part: Callable[[Mapping[str, str]], Iterator[Finding]], known: Mapping[str, str]
+) -> list[Finding]:
+    found: list[Finding] = []
+    try:
+        for each in part(known):
+            found.append(each)
+    except _CAN_FAIL as error:
+        found.append(Finding(
+            part.__name__.strip("_"), "note", f"could not be looked at: {error!r}"[:200],
+            "Nothing follows from it; the other lines hold.",
+        ))  # fmt: skip
+    return found
 
 
 def healthy(findings: list[Finding]) -> bool:
@@ -118,14 +151,13 @@ def _packages(known: Mapping[str, str]) -> Iterator[Finding]:
 def _devices(known: Mapping[str, str]) -> Iterator[Finding]:
     import torch
 
+    driver = _driver()
     if not torch.cuda.is_available():
-        built = torch.version.cuda
+        seen = f"none in use, NVIDIA driver {driver}" if driver else "none"
         yield Finding(
-            "GPU", "note", f"none; torch {torch.__version__}, {torch.get_num_threads()} threads",
+            "GPU", "note", f"{seen}; torch {torch.__version__}",
             "Models run on the CPU in float32: fine to about a billion parameters.",
-            "This torch has no CUDA: install the CUDA wheel from pytorch.org if there is a GPU."
-            if built is None
-            else f"This torch is built for CUDA {built} and sees no GPU: is the driver there?",
+            _without_gpu(torch.version.cuda, driver, known.get("CUDA_VISIBLE_DEVICES")),
         )  # fmt: skip
         return
     for index in range(torch.cuda.device_count()):
@@ -133,10 +165,45 @@ def _devices(known: Mapping[str, str]) -> Iterator[Finding]:
         bf16 = torch.cuda.is_bf16_supported()
         yield Finding(
             f"GPU {index}", "ok", f"{about.name}, {about.total_memory / _GIB:.0f} GiB, "
-            f"CUDA {torch.version.cuda}, bfloat16 {'yes' if bf16 else 'no'}",
+            f"CUDA {torch.version.cuda}, driver {driver or 'not known'}, "
+            f"bfloat16 {'yes' if bf16 else 'no'}",
             f"Bases to about {about.total_memory / _GIB / 2.6:.0f} billion parameters fit in "
             "16 bits, with an adapter; two whole models to half of that.",
         )  # fmt: skip
+
+    if find_spec("triton") is None:
+        yield Finding(
+            "triton", "note", "missing", "Dictionaries train several times slower on the GPU.",
+            "pip install triton (torch's CUDA wheels for Linux bring it)",
+        )  # fmt: skip
+
+
+def _driver() -> str:
+    """Version of NVIDIA's driver; empty if there is none."""
+    if DRIVER.is_file():
+        found = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text(encoding="utf-8"))
+        return found.group() if found else "of unknown version"
+    return "of unknown version" if shutil.which("nvidia-smi") else ""
+
+
+def _without_gpu(built: str | None, driver: str, visible: str | None) -> str:
+    """What to do about a torch that sees no GPU; ``visible`` is CUDA_VISIBLE_DEVICES."""
+    if built is None and driver:
+        return (
+            "There is a GPU's driver, but this torch has no CUDA: pip install --force-reinstall "
+            "'torch==2.13.*' --index-url https://download.pytorch.org/whl/cuNNN, with the newest "
+            f"CUDA that pytorch.org offers and driver {driver} supports (nvidia-smi tells)."
+        )
+    if built is None:
+        return "This torch has no CUDA: install the CUDA wheel from pytorch.org if there is a GPU."
+    if visible is not None and visible.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU: unset it."
+    if driver:
+        return (
+            f"This torch is built for CUDA {built}, which driver {driver} may be too old for; or "
+            "the container was started without the GPU (docker run --gpus all)."
+        )
+    return f"This torch is built for CUDA {built} and sees no GPU: is the driver there?"
 
 
 def _memory(known: Mapping[str, str]) -> Iterator[Finding]:
@@ -144,9 +211,50 @@ def _memory(known: Mapping[str, str]) -> Iterator[Finding]:
     total = pages * os.sysconf("SC_PAGE_SIZE") / _GIB if pages else 0.0
     size = f"{total:.0f} GiB" if pages else "not known here"
     yield Finding(
-        "memory", "ok", f"{size}, {os.cpu_count()} processors",
+        "memory", "ok", size,
         "On the CPU a model takes 4 bytes a parameter; a full fine-tune takes that twice.",
     )  # fmt: skip
+
+
+def usable_cores() -> int:
+    """Processors that this process may use: affinity, and the quota of a container."""
+    many = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if many else os.cpu_count() or 1
+    quota, _, period = QUOTA.read_text().partition(" ") if QUOTA.is_file() else ("max", "", "")
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+
+
+def _processors(known: Mapping[str, str]) -> Iterator[Finding]:
+    import torch
+
+    cores, threads = usable_cores(), torch.get_num_threads()
+    found = f"{cores} to use of {os.cpu_count()}; torch takes {threads} threads"
+    if threads > cores:
+        yield Finding(
+            "processors", "note", found, "Threads wait for one another: everything is slower.",
+            f"export OMP_NUM_THREADS={cores}",
+        )  # fmt: skip
+    elif 2 * threads < cores:
+        yield Finding(
+            "processors", "note", found, "Models on the CPU leave most processors idle.",
+            f"Unset OMP_NUM_THREADS, or export OMP_NUM_THREADS={cores // 2} or more.",
+        )  # fmt: skip
+    else:
+        yield Finding("processors", "ok", found, "As many threads as pay.")
+
+
+def _shared(known: Mapping[str, str]) -> Iterator[Finding]:
+    if not SHARED.is_dir():
+        return  # not on this system
+    free = shutil.disk_usage(SHARED).free / _GIB
+    found = f"{free:.1f} GiB free in {SHARED}"
+    if free < _LEAST_SHARED:
+        yield Finding(
+            "shared memory", "note", found, "Ray, and GPUs that train together, may fail.",
+            "Containers: docker run --shm-size=8g.",
+        )  # fmt: skip
+    else:
+        yield Finding("shared memory", "ok", found, "Enough for Ray and for several processes.")
 
 
 def _hub(known: Mapping[str, str]) -> Iterator[Finding]:
@@ -219,6 +327,17 @@ def _browser(known: Mapping[str, str]) -> Iterator[Finding]:
             "Only the tests of the panels need one; JupyterLab takes any browser.",
             "apt-get install chromium, or set CHROMIUM to its path.",
         )  # fmt: skip
+
+
+def _extras(known: Mapping[str, str]) -> Iterator[Finding]:
+    for name, extra, purpose in EXTRAS:
+        if find_spec(name) is None:
+            yield Finding(
+                name, "note", "not installed", f"Needed for nothing but {purpose}.",
+                f"pip install '{DISTRIBUTION}[{extra}]'",
+            )  # fmt: skip
+        else:
+            yield Finding(name, "ok", _version(name) or "installed", f"For {purpose}.")
 
 
 def _organism(known: Mapping[str, str]) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from modeldiff._progress import Progress, check, reporter
 from modeldiff.batch_size import each_batch
 from modeldiff.batching import Batch, mask_tensor
-from modeldiff.divergence import kl_and_loss, unembedding
+from modeldiff.divergence import check_finite, kl_and_loss, unembedding
 from modeldiff.errors import MaskError
 from modeldiff.forward import as_texts, device_of, final_states
 from modeldiff.interventions import Cell
@@ -50,6 +50,7 @@ def effects(
 
     Raises:
         MaskError: If no token is compared.
+        MismatchError: If a comparison is not finite.
         InterventionError: If an edit did not fire in some batch.
         SetupError: If memory runs out on a single text.
         Cancelled: If the event is set.
@@ -109,7 +110,7 @@ def _compare(
     with torch.no_grad():
         return kl_and_loss(
             states,
-            known.to(states.device),
+            known,
             unembedding(root, sides.site_map),
             unembedding(other, sides.site_map),
             batch.ids[keep].to(device_of(root)),
@@ -120,6 +121,7 @@ def _compare(
 def _rows(
     batch: Batch, keep: Tensor, index: int, cell: Cell, kl: Tensor, loss: Tensor
 ) -> list[dict[str, Any]]:
+    check_finite(kl, f"comparisons of {cell.side} ({cell.name}) with the reference")
     owner = keep.nonzero(as_tuple=True)[0]
     rows = []
     for row in owner.unique().tolist():

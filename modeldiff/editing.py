@@ -68,6 +68,21 @@ def _other(edit: Edit, site: Site, group: Group) -> Tensor | None:
     return other
 
 
+@dataclass(frozen=True, eq=False)
+class OnNew:
+    """What is done at one site to the new tokens of neighbouring rows.
+
+    Args:
+        rows: First row and the row after the last.
+        silenced: Whether what the adapter writes is set to zero.
+        edits: Numbers of the placed edits, and the edits, in order.
+    """
+
+    rows: tuple[int, int]
+    silenced: bool
+    edits: tuple[tuple[int, Edit], ...]
+
+
 Silent = dict[tuple[int, int, Site], str]
 """Why an edit of a cell changed nothing at a site; an empty string if it did change something."""
 
@@ -146,6 +161,26 @@ class Editor:
         if site in self._reads:
             self.acts[site] = h
         return h
+
+    def on_new(self) -> dict[Site, tuple[OnNew, ...]]:
+        """What is done to every token after the prompts; sites at which nothing is are left out."""
+        found = {}
+        for site in self.sites:
+            parts = tuple(
+                OnNew(
+                    group.rows,
+                    group.adapter_off and site in self._silenced,
+                    tuple(
+                        (one.number, one.edit)
+                        for one in self._placed.get(site, ())
+                        if one.group == index and one.on_new
+                    ),
+                )
+                for index, group in enumerate(self.groups)
+            )
+            if any(part.silenced or part.edits for part in parts):
+                found[site] = parts
+        return found
 
     def program(self, site_map: SiteMap, adapter: str = "") -> list[dict[str, Any]]:
         """The edits and reads as builtins and tensors, site by site in forward order.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from modeldiff.interventions import Edit, Plan, Replace, Shape, Side, as_plan
 from modeldiff.loading import Sides
 from modeldiff.placement import input_device
 from modeldiff.sites import Site
-from modeldiff.tokens import Text, render
+from modeldiff.tokens import Chat, Completion, Text, render
 
 Engine = Literal["hooks", "nnsight"]
 
@@ -43,16 +43,17 @@ def as_texts(sides: Sides, items: Sequence[Any], *, reply: bool = False) -> tupl
 
     Args:
         sides: Whose tokenizer renders.
-        items: What `modeldiff.tokens.render` accepts; one string is one text.
+        items: What `modeldiff.tokens.render` accepts; one string is one text, and so is one
+            `Text`, `Chat` or `Completion`.
         reply: Render chats ready for the assistant's answer.
+
+    Raises:
+        MaskError: If an item cannot be rendered, or the model has no positions for its tokens.
     """
-    items = [items] if isinstance(items, str) else items
-    return tuple(
-        item
-        if isinstance(item, Text)
-        else render(sides.tokenizer, item, add_generation_prompt=reply)
-        for item in items
-    )
+    items = [items] if isinstance(items, str | Text | Chat | Completion) else items
+    texts = tuple(render(sides.tokenizer, item, add_generation_prompt=reply) for item in items)
+    sides.check_lengths([text.n_tokens for text in texts])
+    return texts
 
 
 def batched(sides: Sides, texts: Sequence[Text], max_tokens: int) -> Iterator[Batch]:
@@ -114,7 +115,7 @@ def run(
         pad_side: Where shorter texts are padded.
 
     Raises:
-        InterventionError: If an edit did not fire.
+        InterventionError: If an edit did not fire, or there is no such engine.
         SiteError: If a site does not exist on this side.
     """
     plan = as_plan(do)
@@ -136,6 +137,16 @@ def run(
             out = _execute(sides, root, side, batch, editor, logits, engine)
     editor.check_fired()
     return Run(batch, {site: editor.acts[site] for site in reads}, out)
+
+
+def check_engine(engine: str) -> None:
+    """Verify that an engine exists.
+
+    Raises:
+        InterventionError: If it does not.
+    """
+    if engine not in get_args(Engine):
+        raise InterventionError(f"engine {engine!r}: it is 'hooks' or 'nnsight'.")
 
 
 def _execute(
@@ -210,8 +221,9 @@ def sources(
     """Run the sides that `Replace` edits copy from, on the same tokens.
 
     Raises:
-        InterventionError: If an edit would copy a side from itself.
+        InterventionError: If an edit would copy a side from itself, or there is no such engine.
     """
+    check_engine(engine)
     wanted: dict[Side, set[Site]] = {}
     for edit in plan.edits:
         if isinstance(edit, Replace) and isinstance(edit.source, str):
@@ -322,14 +334,13 @@ def run_pair(
         from modeldiff.remote_runs import both_sides
 
         return PairRun(batch, *both_sides(sides, batch, reads, final, keep, cancel))
-    inputs = inputs_of(batch, device_of(sides.roots[0]))
     plain = tuple(site for site in reads if site.kind != "lora")
     if sides.kind == "two" or sides.first_changed == 0:
-        base, last_base, _ = _pass(sides, "base", inputs, batch, plain, final, ())
-        tuned, last_tuned, _ = _pass(sides, "finetuned", inputs, batch, reads, final, ())
+        base, last_base, _ = _pass(sides, "base", batch, plain, final, ())
+        tuned, last_tuned, _ = _pass(sides, "finetuned", batch, reads, final, ())
     else:
         base, last_base, calls = _pass(
-            sides, "base", inputs, batch, plain, final, _branch(sides, reads, final)
+            sides, "base", batch, plain, final, _branch(sides, reads, final)
         )
         tuned, last_tuned = _branched(sides, batch, reads, final, calls)
         tuned = {site: tuned.get(site, base.get(site)) for site in reads}
@@ -345,7 +356,6 @@ def _branch(sides: Sides, reads: tuple[Site, ...], final: bool) -> tuple[str, ..
 def _pass(
     sides: Sides,
     side: Side,
-    inputs: dict[str, Tensor],
     batch: Batch,
     reads: tuple[Site, ...],
     final: bool,
@@ -368,7 +378,7 @@ def _pass(
         outputs_of(root, sides.site_map.norm) as kept,
         stopping(root, *stop),
     ):
-        root(**inputs, use_cache=False)
+        root(**inputs_of(batch, device_of(root)), use_cache=False)
     return editor.acts, kept[0] if final else None, calls
 
 

@@ -1,7 +1,7 @@
 """Generating a grid of {base, fine-tuned} x {none, edits}, side by side, with shared noise."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
@@ -15,7 +15,7 @@ from modeldiff._progress import Progress, check, reporter
 from modeldiff.batch_size import fitted
 from modeldiff.batching import Batch, make_batch, padding_id
 from modeldiff.editing import Editor, Group, Silent, check_fired
-from modeldiff.errors import Cancelled, InterventionError, MaskError
+from modeldiff.errors import Cancelled, InterventionError, MaskError, MismatchError
 from modeldiff.forward import Engine, as_texts, device_of, inputs_of, sources, traced
 from modeldiff.hooks import hooked
 from modeldiff.interventions import Cell, Edit, Plan, Replace, Side, grid
@@ -23,6 +23,7 @@ from modeldiff.loading import SIDES, Sides, lock_of
 from modeldiff.masks import parse_mask
 from modeldiff.prefill import Prefill
 from modeldiff.sampling import Sampler, Stopper, noise
+from modeldiff.static_decoding import StaticDecoder, Task
 from modeldiff.tokens import Text
 
 
@@ -125,6 +126,7 @@ class _Job:
     cancel: Event | None
     engine: Engine
     prefill: Prefill | None
+    decoder: StaticDecoder | None
     told: dict[Row, int] = field(default_factory=dict)
     """Tokens that `on_step` got of each row: a batch that begins again does not repeat them."""
 
@@ -146,6 +148,7 @@ def generate(
     progress: Progress = False,
     engine: Engine = "hooks",
     prefill: Prefill | None = None,
+    decoder: StaticDecoder | None = None,
 ) -> Generations:
     """Generate answers of every cell to every prompt.
 
@@ -170,18 +173,27 @@ def generate(
         engine: "hooks", or "nnsight" for the same numbers through nnsight.
         prefill: Work kept from call to call: layers below the first edit are not run again on
             prompts that were asked before. The answers are the same.
+        decoder: Steps that are all alike, on a GPU recorded once as a CUDA graph, instead of
+            transformers' ``generate``. The answers are the same but for rounding, see
+            `modeldiff.static_decoding`.
 
     Raises:
         InterventionError: If an edit did not fire, or cannot act during generation.
         SetupError: If memory runs out on a single row.
+        MismatchError: If the decoder cannot be used for this model, or beside this engine.
         Cancelled: If the event is set; ``partial`` holds the finished batches' `Generations`.
     """
     texts = as_texts(sides, prompts, reply=True)
     grid_cells = grid(do, models) if cells is None else tuple(cells)
+    if max_new_tokens < 1:
+        raise InterventionError(f"max_new_tokens={max_new_tokens}: an answer has at least 1.")
     _check(sides, texts, grid_cells, n, temperature)
+    if decoder is not None and (sides.kind == "remote" or engine != "hooks"):
+        what = "a remote pair" if sides.kind == "remote" else f"engine={engine!r}"
+        raise MismatchError(f"decoder= steps through a model here, with hooks; not for {what}.")
     job = _Job(
         sides, texts, _occurrences(texts, n), grid_cells, n, seed, temperature, max_new_tokens,
-        end_ids(sides), on_step, cancel, engine, prefill,
+        end_ids(sides), on_step, cancel, engine, prefill, decoder,
     )  # fmt: skip
     report = reporter(progress, "generate")
     done: dict[Row, Answer] = {}
@@ -336,11 +348,20 @@ def _decode(job: _Job, rows: list[Row], batch: Batch, editor: Editor, side: Side
         from modeldiff.remote_generation import generated
 
         new = generated(
-            job.sides, batch, editor, side, uniform, job.temperature, job.ends, cancel=job.cancel
-        )
+            job.sides, batch, editor, side, uniform, job.temperature, job.ends,
+            on_step=streamed, cancel=job.cancel,
+        )  # fmt: skip
         for step in range(new.shape[1] if streamed else 0):
             streamed(step, new[:, step])  # pyright: ignore[reportOptionalCall]
         return new
+    if job.decoder is not None:
+        with job.sides.on(side) as root:
+            task = Task(
+                root, job.sides.site_map, job.sides.adapter_of(side), batch, editor, uniform,
+                job.temperature, tuple(job.ends), padding_id(job.sides.tokenizer), streamed,
+                job.cancel, _reusing(job, root, batch, editor, side),
+            )  # fmt: skip
+            return job.decoder.decode(task)
     options: dict[str, Any] = {
         "generation_config": GenerationConfig(
             max_new_tokens=job.max_new_tokens,
@@ -384,16 +405,16 @@ def _execute(
         found = tracing.generate(traced(job.sides, side), inputs, program, options)
         editor.fired.update(found["fired"])
         return found["ids"]
-    with ExitStack() as stack:
-        if job.prefill is not None:
-            stack.enter_context(_reusing(job, job.prefill, root, batch, editor, side))
-        stack.enter_context(hooked(root, job.sides.site_map, editor, adapter))
+    reusing = _reusing(job, root, batch, editor, side)
+    with reusing, hooked(root, job.sides.site_map, editor, adapter):
         return root.generate(**inputs, **options)
 
 
 def _reusing(
-    job: _Job, prefill: Prefill, root: Any, batch: Batch, editor: Editor, side: Side
+    job: _Job, root: Any, batch: Batch, editor: Editor, side: Side
 ) -> AbstractContextManager[None]:
+    if job.prefill is None:
+        return nullcontext()
     n_layers = job.sides.shape(side).n_layers
     below = n_layers if editor.first_layer is None else editor.first_layer
     silenced = [group.rows for group in editor.groups if group.adapter_off]
@@ -404,7 +425,7 @@ def _reusing(
         batch.attention_mask.tolist(),
         silenced,
     )
-    return prefill.used(root, job.sides.site_map, n_layers, key, below)
+    return job.prefill.used(root, job.sides.site_map, n_layers, key, below)
 
 
 def _streamed(job: _Job, rows: list[Row]) -> Callable[[int, Tensor], None]:

@@ -131,8 +131,11 @@ def settings_of(
     Raises:
         MismatchError: If an argument is out of its range.
     """
-    if min(rows_per_shard, max_tokens) < 1:
-        raise MismatchError(f"rows_per_shard={rows_per_shard}, max_tokens={max_tokens}: give 1 up.")
+    if min(rows_per_shard, max_tokens) < 1 or skip_first < 0:
+        raise MismatchError(
+            f"rows_per_shard={rows_per_shard}, max_tokens={max_tokens}, skip_first={skip_first}: "
+            "give 1 or more, the last 0 or more."
+        )
     layout = {"rows_per_shard": rows_per_shard, "max_tokens": max_tokens}
     return {"sites": list(map(str, sites)), "mask": mask.to_json(), "skip_first": skip_first,
             "dtype": dtype_name(dtype), **layout}  # fmt: skip

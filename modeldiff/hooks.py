@@ -2,13 +2,28 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from modeldiff.architectures import SiteMap, module_at
-from modeldiff.editing import Editor
+from modeldiff.sites import Site
+
+
+class Edits(Protocol):
+    """What is hooked: an `Editor`, or what stands for one."""
+
+    step: int
+    sites: tuple[Site, ...]
+
+    def edits(self, site: Site) -> bool:
+        """Whether anything at a site is changed rather than only read."""
+        ...
+
+    def at(self, site: Site, h: Tensor) -> Tensor:
+        """Take the activation at a site, return what takes its place."""
+        ...
 
 
 class Stop(Exception):
@@ -29,7 +44,7 @@ def put(output: Any, h: Tensor) -> Any:
     return h if isinstance(output, Tensor) else (h, *output[1:])
 
 
-def _output_hook(editor: Editor, site: Any) -> Callable[..., Any]:
+def _output_hook(editor: Edits, site: Site) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         h = editor.at(site, first(output))
         return put(output, h) if editor.edits(site) else None
@@ -37,7 +52,7 @@ def _output_hook(editor: Editor, site: Any) -> Callable[..., Any]:
     return hook
 
 
-def _input_hook(editor: Editor, site: Any) -> Callable[..., Any]:
+def _input_hook(editor: Edits, site: Site) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = None if args else "hidden_states"
         h = editor.at(site, args[0] if name is None else kwargs[name])
@@ -49,7 +64,7 @@ def _input_hook(editor: Editor, site: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def hooked(root: nn.Module, site_map: SiteMap, editor: Editor, adapter: str = "") -> Iterator[None]:
+def hooked(root: nn.Module, site_map: SiteMap, editor: Edits, adapter: str = "") -> Iterator[None]:
     """Run the editor on every forward of ``root`` inside the block; hooks are gone after it.
 
     Args:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from modeldiff._shapes import Float
 from modeldiff.architectures import module_at
+from modeldiff.batch_size import fitted
 from modeldiff.direction_controls import random_like
 from modeldiff.directions import Direction
 from modeldiff.errors import MaskError, MismatchError, RemoteError, SiteError
@@ -30,6 +31,7 @@ from modeldiff.patching import Scorer, both_traces
 from modeldiff.placement import dense_weight
 from modeldiff.sites import Site
 from modeldiff.stats import Interval, bootstrap_mean, empirical_p
+from modeldiff.tokens import Text
 
 _STREAM = ("resid_post", "attn_out", "mlp_out")
 
@@ -281,7 +283,7 @@ def _gain(matrix: Tensor, unit: Tensor) -> float:
 @torch.no_grad()
 def _changes(
     sides: Sides,
-    text: Any,
+    text: Text,
     side: Side,
     site: Site,
     units: Sequence[Tensor],
@@ -293,11 +295,19 @@ def _changes(
     value = own.values[str(site)].double()
     gap = other.values[str(site)].to(value) - value
     several = torch.stack(list(units)).to(value)
-    rows = value + (gap @ several.T).T[..., None] * several[:, None]
-    rows = torch.cat([value[None], rows]).to(own.values[str(site)])
-    scores = metric(logits(sides, own, _component(site), rows, metric.at)).double().cpu()
+
+    def changes(some: list[int]) -> Float[Tensor, " unit"]:
+        chosen = several if len(some) == len(several) else several[some]
+        rows = value + (gap @ chosen.T).T[..., None] * chosen[:, None]
+        rows = torch.cat([value[None], rows]).to(own.values[str(site)])
+        scores = metric(logits(sides, own, _component(site), rows, metric.at)).double().cpu()
+        return scores[1:] - scores[0]
+
+    parts = fitted(sides.roots[0], range(len(several)), changes, what="illusion",
+                   width=lambda _: text.n_tokens, max_rows=len(several))  # fmt: skip
+    effects = torch.cat([found for _, found in parts])
     outside = gap @ (several[0] - inside.to(value))
-    return scores[1:] - scores[0], torch.stack(
+    return effects, torch.stack(
         [outside.square().sum(), outside.square().sum() + (gap @ inside.to(value)).square().sum()]
     ).cpu()
 

@@ -41,13 +41,11 @@ class Shape:
 
 
 def _layers(layers: Layers, own: int, shape: Shape, what: str) -> tuple[int, ...]:
-    if layers is None:
-        chosen: tuple[int, ...] = (own,)
-    elif layers == "all":
-        chosen = tuple(range(shape.n_layers))
+    if layers is None or isinstance(layers, int):
+        chosen: tuple[int, ...] = (own if layers is None else layers,)
     else:
-        chosen = (layers,) if isinstance(layers, int) else tuple(layers)
-    wrong = [layer for layer in chosen if not 0 <= layer < shape.n_layers]
+        chosen = tuple(range(shape.n_layers) if layers == "all" else layers)
+    wrong = [i for i in chosen if isinstance(i, str) or not 0 <= i < shape.n_layers]
     if wrong or not chosen:
         raise InterventionError(
             f"{what}: layers {wrong or 'none'} asked for, the model has 0 to "
@@ -64,7 +62,7 @@ class _Along:
 
     def _sites(self, layers: Layers, shape: Shape) -> tuple[Site, ...]:
         site = self.direction.site
-        if self.direction.unit.shape[0] != shape.d_model and site.kind.startswith("resid"):
+        if site.kind not in ("z", "mlp_act", "lora") and self.direction.d_model != shape.d_model:
             raise InterventionError(
                 f"direction {self.direction.name!r} has width {self.direction.unit.shape[0]}, the "
                 f"residual stream of this model has {shape.d_model}: it comes from another model."
@@ -425,7 +423,7 @@ def _edit_key(edit: Edit) -> list[object]:
         origin = edit.source if isinstance(edit.source, str) else _tensor_key(edit.source)
         channels = [] if edit.channels is None else [list(edit.channels)]  # old keys stay
         return [*head, [str(site) for site in parse_sites(edit.at)], origin, *channels]
-    layers = list(edit.layers) if isinstance(edit.layers, tuple) else edit.layers
+    layers = list(edit.layers) if isinstance(edit.layers, tuple | list | range) else edit.layers
     if isinstance(edit, ScaleAdapter):
         return [*head, layers, float(edit.factor), list(edit.modules)]
     if isinstance(edit, Ablate):
@@ -441,10 +439,12 @@ def _tensor_key(tensor: Tensor) -> list[object]:
 
 
 def as_plan(do: "Edit | Plan | None") -> Plan:
-    """Read None, one edit or a plan as a plan."""
-    if do is None:
-        return Plan()
-    return do if isinstance(do, Plan) else Plan((do,))
+    """Read None, one edit or a plan as a plan; anything else is an `InterventionError`."""
+    if isinstance(do, Plan | None):
+        return do or Plan()
+    if not isinstance(do, Edit):
+        raise InterventionError(f"a {type(do).__name__} is no edit, such as Steer(direction).")
+    return Plan((do,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -478,8 +478,7 @@ def grid(
     if isinstance(do, Mapping):
         named = {name: as_plan(edit) for name, edit in do.items()}
     else:
-        plan = as_plan(do)
-        named = {plan.describe(): plan} if len(plan) else {}
+        named = {plan.describe(): plan for plan in [as_plan(do)] if len(plan)}
     if len(named.get("none", Plan())):
         raise InterventionError("'none' names the unedited cells; give the edit another name.")
     plans = {"none": Plan(), **named}

@@ -18,7 +18,8 @@ class Rate:
     Args:
         wilson: Rate among scored answers. Its interval takes answers as independent.
         clustered: The same rate; its interval resamples whole questions. NaN ends with one
-            question; too narrow below about ten.
+            question; too narrow below about ten, and without width where all answers are alike:
+            read the wider of the two.
         coherent: Rate of coherent answers among those whose coherence was judged (Wilson).
         coherent_clustered: The same, resampling questions.
         n_answers: All answers, scored or not.
@@ -200,7 +201,10 @@ def rate_difference(
         level: Nominal coverage.
 
     Returns:
-        The difference; ``n`` is the number of questions. NaN ends with one question.
+        The difference; ``n`` is the number of questions. NaN ends with one question. Where all
+        answers are alike on both sides the interval has no width: it cannot see what has not
+        occurred, `modeldiff.stats.proportion_difference` can. Else 95 % covered 92 to 94 % with 5
+        to 40 questions of 4 answers.
 
     Raises:
         JudgeError: If one of the two has no scored answer.

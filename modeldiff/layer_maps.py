@@ -17,9 +17,10 @@ from torch import Tensor
 
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Float
+from modeldiff.batch_size import fitted
 from modeldiff.batching import make_batch, padding_id
 from modeldiff.directions import Direction
-from modeldiff.divergence import blocks, kl_and_loss, unembedding
+from modeldiff.divergence import kl_and_loss, unembedding
 from modeldiff.errors import Cancelled, MaskError, MismatchError
 from modeldiff.forward import as_texts, final_states, run_pair
 from modeldiff.interventions import Ablate, Plan, Replace, Side, Steer
@@ -278,6 +279,10 @@ class _Prediction:
         batch = make_batch([text], padding_id(sides.tokenizer), "right")
         known = final_states(sides, batch, "base", Plan())[:, -1]
         tuned = final_states(sides, batch, "finetuned", Plan())[:, -1]
+        if sides.kind == "remote":
+            from modeldiff.remote_lenses import likeliest
+
+            return cls(sides, text, side, known, int(likeliest(sides, tuned, "finetuned")))
         with torch.no_grad():
             likely = unembedding(sides.root("finetuned"), sides.site_map)(tuned)
         return cls(sides, text, side, known, int(likely.argmax()))
@@ -286,10 +291,17 @@ class _Prediction:
     def measure(self, n: int, plan: Plan) -> tuple[Tensor, Tensor]:
         """KL(edited || base) and log probability of the token for n copies of the text."""
         batch = make_batch([self.text] * n, padding_id(self.sides.tokenizer), "right")
+        if self.sides.kind == "remote":
+            from modeldiff.remote_lenses import effect_at_the_end
+
+            came = torch.full((n,), self.token_id)
+            known = self.known.expand(n, -1)
+            kl, loss = effect_at_the_end(self.sides, batch, self.side, plan, known, came, 256 << 20)
+            return kl.double(), -loss.double()
         states = final_states(self.sides, batch, self.side, plan)[:, -1]
         own = unembedding(self.sides.root(self.side), self.sides.site_map)
         base = unembedding(self.sides.root("base"), self.sides.site_map)
-        known = self.known.to(states.device).expand(n, -1)
+        known = self.known.expand(n, -1)
         came = torch.full((n,), self.token_id, device=states.device)
         kl, loss = kl_and_loss(states, known, own, base, came, 256 << 20)
         return kl.double().cpu(), -loss.double().cpu()
@@ -319,10 +331,14 @@ def _swept(
                          kl, logprob)  # fmt: skip
     report, size = reporter(progress, what), max(1, max_tokens // text.n_tokens)
     for row, layer in enumerate(layers):
-        for some in blocks(len(columns), size):
+
+        def of_columns(some: list[int], row: int = row, layer: int = layer) -> None:
             if cancel is not None and cancel.is_set():
                 raise Cancelled(f"{what}: cancelled after {row} of {len(layers)} layers.", found)
-            _measured(found, target, own[layer], edited, row, torch.arange(len(columns))[some])
+            _measured(found, target, own[layer], edited, row, torch.tensor(some))
+
+        list(fitted(sides.roots[0], range(len(columns)), of_columns, what=what, max_rows=size,
+                    width=lambda _: text.n_tokens, max_tokens=max_tokens))  # fmt: skip
         if on_row is not None:
             on_row(layer, found)
         report(row + 1, len(layers), f"layer {layer}")

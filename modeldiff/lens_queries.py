@@ -16,9 +16,9 @@ from modeldiff.directions import Direction
 from modeldiff.errors import MaskError, MismatchError
 from modeldiff.interventions import Side
 from modeldiff.loading import Sides
-from modeldiff.logit_lens import LogitLens, lens_logits, logit_lens
+from modeldiff.logit_lens import LogitLens, lens_logits, logit_lens, plain_lenses
 from modeldiff.stats import empirical_p, null_band
-from modeldiff.tokens import token_names
+from modeldiff.tokens import n_ids, token_names
 
 
 def read_direction(
@@ -44,7 +44,7 @@ def read_direction(
         MismatchError: If a width differs.
     """
     own = logit_lens(sides, direction, k=k, n_random=len(controls), seed=seed, side=side)
-    others = [logit_lens(sides, each, k=k, n_random=1, side=side) for each in controls]
+    others = plain_lenses(sides, controls, k=k, side=side)
     drawn = own.tokens[own.tokens["kind"] == "random"]
     parts = [_own(own).assign(kind=KINDS[0], control=0),
              drawn.assign(control=pd.factorize(drawn["name"])[0])]  # fmt: skip
@@ -123,7 +123,7 @@ def token_query(
         own, random = float(logits[0, i]), logits[1 : n_random + 1, i].tolist()
         rows.append(
             {"token_id": token, "token": name, "logit": own, "rank": int(ranks[0, i]),
-             "n_tokens": len(sides.tokenizer), **_beside("random", own, random),
+             "n_tokens": n_ids(sides.tokenizer), **_beside("random", own, random),
              **_rank_band(ranks[1:, i].tolist()),
              **_beside("difference", own, logits[n_random + 1 :, i].tolist())}
         )  # fmt: skip

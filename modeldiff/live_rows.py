@@ -84,13 +84,16 @@ def paired_rows(
         kept = [texts[i].kept for i in batch.order]
         row = torch.tensor([r for r, each in enumerate(kept) for _ in each])
         position = torch.tensor([p for each in kept for p in each])
+        keep = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
+        keep[row, position] = True
         if device.type == "cuda":  # before the run: copies to a GPU wait for what it computes
             row, position = row.to(device), position.to(device)
-        run = run_pair(sides, batch, sites)
+        run = run_pair(sides, batch, sites, keep=keep)
         return {site: _pairs(run, site, row, position) for site in sites}
 
     device = device_of(sides.roots[0])
     several = [text.text for text in texts]
+    sides.check_lengths([text.n_tokens for text in several])
     for batch, rows in each_batch(sides, several, max_tokens, work, what="harvest", remember=False):
         yield list(batch.order), rows
 

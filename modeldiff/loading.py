@@ -6,7 +6,7 @@ full models) and ``remote`` (nothing loaded here; both sides live on a server).
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from modeldiff._files import digest
 from modeldiff.architectures import SiteMap, adapted_modules, module_at
-from modeldiff.errors import InactiveAdapterError, MismatchError, RemoteError, SiteError
+from modeldiff.errors import (
+    InactiveAdapterError,
+    MaskError,
+    MismatchError,
+    RemoteError,
+    SiteError,
+)
 from modeldiff.hooks import first, hidden_argument, recorded
 from modeldiff.interventions import Shape, Side
 from modeldiff.placement import input_device, real_values
@@ -64,6 +70,8 @@ class Sides:
     remote: Any = False
     traced: dict[str, Any] = field(default_factory=dict, repr=False)
     """nnsight's wrappers by side, made when first needed."""
+    _digested: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """State of the weights when they were last hashed, and the hashes."""
 
     @property
     def config(self) -> Any:
@@ -76,6 +84,36 @@ class Sides:
         if not self.adapter:
             return ()
         return adapted_modules(self.roots[1], self.site_map, self.adapter)
+
+    @cached_property
+    def longest(self) -> int | None:
+        """Tokens of the longest text that has positions; None where they are not learned."""
+        if self.kind == "remote":
+            return None
+        text = self.config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None)
+        learned = (
+            module.num_embeddings - limit in range(8)  # some families keep two rows more
+            for name, module in self.roots[0].named_modules()
+            if limit and isinstance(module, nn.Embedding) and name != self.site_map.embed
+        )
+        return limit if any(learned) else None
+
+    def check_lengths(self, n_tokens: Iterable[int], new: int = 0) -> None:
+        """Verify that texts of these lengths can be run, and go on for some new tokens.
+
+        Raises:
+            MaskError: If one has more tokens than a model with learned positions has of these.
+        """
+        limit = self.longest
+        wrong = [(i, n) for i, n in enumerate(n_tokens) if limit is not None and n + new > limit]
+        if wrong:
+            index, n = wrong[0]
+            raise MaskError(
+                f"text {index} has {n} tokens{f' and {new} new ones' if new else ''}, and "
+                f"{self.names[0]} has learned positions for {limit} ({len(wrong)} texts are too "
+                "long). Cut it, or leave it out."
+            )
 
     @property
     def first_changed(self) -> int:
@@ -108,8 +146,8 @@ class Sides:
         if self.kind == "remote":
             raise RemoteError(
                 "this needs the model's layers, and they are on a server. A remote pair can "
-                "capture, run, generate, compare outputs, be surveyed and audited; for the rest "
-                "load the pair here."
+                "capture, run, generate, compare outputs, be patched, read through lenses, "
+                "surveyed and audited; for the rest load the pair here."
             )
         root = self.root(side)
         with lock_of(root), _evaluating(root):
@@ -119,28 +157,41 @@ class Sides:
                 with _switched(self.peft, self.adapter if side == "finetuned" else None):
                     yield root
 
-    @cached_property
+    @property
     def digests(self) -> dict[str, str]:
         """Content hashes of ``base`` and ``finetuned`` (adapter pairs: of the adapter).
 
-        Of remote models only the names can be hashed.
+        Hashed again where weights were changed in place since. Of remote models only the names
+        can be hashed.
         """
-        base, finetuned = self.roots
         if self.kind == "remote":
             first, second = (digest("remote", name) for name in self.names)
             return {"base": first, "finetuned": second, "tokenizer": _vocabulary(self.tokenizer)}
+        state = self._state()
+        if self._digested.get("state") != state:
+            self._digested.update(state=state, found=self._hashed())
+        return dict(self._digested["found"])
+
+    def _state(self) -> list[Any]:
+        """What changes when weights, scales, or the chat template do; weights are not read."""
+        versions = [(id(p), _version(p)) for root in self.roots for p in root.parameters()]
+        return [versions, self._scales(), self.tokenizer.chat_template, len(self.tokenizer)]
+
+    def _scales(self) -> list[float]:
+        paths = [f"{self.site_map.layer(site.layer)}.{site.module}" for site in self.lora]
+        found = [module_at(self.roots[1], path).scaling for path in paths]
+        return [float(each[self.adapter]) for each in found]  # pyright: ignore
+
+    def _hashed(self) -> dict[str, str]:
+        base, finetuned = self.roots
         found = {
             "base": _model_digest(base),
             "tokenizer": digest(_vocabulary(self.tokenizer), self.tokenizer.chat_template or ""),
         }
         if self.peft is None:
             return {**found, "finetuned": _model_digest(finetuned)}
-        scales = [
-            module_at(finetuned, f"{self.site_map.layer(site.layer)}.{site.module}").scaling
-            for site in self.lora
-        ]
-        scale = [float(each[self.adapter]) for each in scales]  # pyright: ignore
-        return {**found, "finetuned": digest(_tensors_digest(finetuned, self.adapter), scale)}
+        tensors = _tensors_digest(finetuned, self.adapter)
+        return {**found, "finetuned": digest(tensors, self._scales())}
 
     def with_adapter(self, name: str) -> "Sides":
         """Return the pair with another of its adapters as the fine-tuned side; weights shared.
@@ -187,6 +238,11 @@ def _switched(peft: "PeftModel", adapter: str | None) -> Iterator[None]:
             layer._active_adapter = active
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as PyTorch counts for its gradients."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _model_digest(root: Any) -> str:
@@ -329,6 +385,7 @@ def verify(sides: Sides, probe: Tensor, allow_identical: bool) -> None:
     output, that the projections run, and that the unembedding of the final norm gives the logits.
 
     Raises:
+        MismatchError: If a side's logits are not finite.
         SiteError: If the map does not describe this model, or the adapter reaches outside the
             decoder layers.
         InactiveAdapterError: If the logits are identical and ``allow_identical`` is False.
@@ -363,6 +420,7 @@ def _probe(root: nn.Module, site_map: SiteMap, shape: Shape, ids: Tensor) -> Ten
     finally:
         for handle in handles:
             handle.remove()
+    _check_finite(root, logits)
     silent = [path for path in [*watched, *calls] if path not in outputs and path not in calls]
     if silent or len(calls) < 3:
         raise SiteError(f"the site map names modules that never ran: {silent or 'projections'}.")
@@ -376,6 +434,20 @@ def _probe(root: nn.Module, site_map: SiteMap, shape: Shape, ids: Tensor) -> Ten
             ": this family does something else with them, which output diffs do not know."
         )
     return logits
+
+
+def _check_finite(root: nn.Module, logits: Tensor) -> None:
+    if bool(logits.isfinite().all()):
+        return
+    broken = [name for name, p in root.named_parameters() if not bool(p.isfinite().all())]
+    cause = (
+        f"values of {len(broken)} weights are not finite, e.g. of {broken[0]}: the file is damaged"
+        if broken
+        else "the weights are finite, so it is too large for the dtype: load it in float32 or "
+        "bfloat16"
+    )
+    name = getattr(getattr(root, "config", None), "name_or_path", "") or type(root).__name__
+    raise MismatchError(f"the logits of {name} on a probe are not finite; {cause}.")
 
 
 def _check_sum(outputs: dict[str, Tensor], entered: Tensor, watched: list[str]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from modeldiff._files import digest
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Float
+from modeldiff.batch_size import fitted
 from modeldiff.batching import padding_id
 from modeldiff.errors import JudgeError
 from modeldiff.interventions import Side
@@ -219,8 +220,13 @@ class LocalScorer:
         said: list[dict[Ids, float]] = [{} for _ in prompts]
         while open_rows:
             batch, open_rows = open_rows[: self.max_rows], open_rows[self.max_rows :]
-            following = self._following(model, [prompts[i] + ids for i, ids in batch])
-            for (i, ids), after in zip(batch, following, strict=True):
+            following = fitted(
+                model, [prompts[i] + ids for i, ids in batch],
+                lambda rows: self._following(model, rows), what="judge", width=len,
+                max_rows=self.max_rows,
+            )  # fmt: skip
+            after_each = (after for _, several in following for after in several)
+            for (i, ids), after in zip(batch, after_each, strict=True):
                 here = reached[i][ids]
                 if ids in self._spellings:  # and yet a longer one may follow
                     said[i][ids] = here * (1.0 - float(after[self._digits].sum()))

@@ -108,7 +108,12 @@ def adapter_modules(sides: Sides) -> tuple[AdapterModule, ...]:
         ('3.mlp.down_proj', 1, 'mlp_out.3')
     """
     if sides.kind == "remote":
-        raise RemoteError("an adapter's weights are read, and this pair's are not here: load it.")
+        raise RemoteError(
+            "an adapter's matrices are read, and this pair's are on a server. Its modules are "
+            "switched there with do=ScaleAdapter(0.0, layers=..., modules=...), patched with "
+            "patch_map(parts=['adapter']), and their scalars read at `lora` sites. Or load the "
+            "pair here."
+        )
     if sides.kind != "adapter":
         raise MismatchError(
             "this pair has two whole models and no adapter; weight_extraction.extract_adapter "

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Float, Int
+from modeldiff.batch_size import each_batch
+from modeldiff.batching import Batch
 from modeldiff.errors import InterventionError, MaskError, MismatchError
-from modeldiff.forward import as_texts, batched, run
+from modeldiff.forward import as_texts, run
 from modeldiff.interventions import Plan, Replace, ScaleAdapter, Steer
 from modeldiff.loading import Sides
 from modeldiff.logit_lens import LogitLens
@@ -131,7 +133,7 @@ def lora_scalars(
         modules: From `adapter_modules` of this pair.
         on: Tokens to keep.
         skip_first: Positions dropped at the start of each text.
-        max_tokens: Budget of a batch, padding included.
+        max_tokens: Budget of a batch, padding included; halved where memory runs out.
         progress: Where to report.
         cancel: Event that stops between batches.
 
@@ -146,22 +148,21 @@ def lora_scalars(
     keeps = [selected(text, mask, skip_first) for text in texts]
     if not any(any(keep) for keep in keeps):
         raise MaskError(f"the mask {on!r} with skip_first={skip_first} keeps no token.")
-    sites = tuple(module.site for module in modules)
     rows: dict[str, list[Tensor]] = {module.name: [] for module in modules}
     owners, positions = [], []
     report, done = reporter(progress, "scalars"), 0
-    for batch in batched(sides, texts, max_tokens):
+
+    def of_batch(batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
         check(cancel)
-        got = run(sides, batch.texts, side="finetuned", reads=sites, logits=False, pad_side="right")
-        keep = torch.zeros(batch.ids.shape, dtype=torch.bool)
-        for row, index in enumerate(batch.order):
-            keep[row, : len(keeps[index])] = torch.tensor(keeps[index])
-        row, position = keep.nonzero(as_tuple=True)
-        owners.append(torch.tensor(batch.order)[row])
+        return _of_batch(sides, batch, modules, keeps)
+
+    for batch, (owner, position, values) in each_batch(
+        sides, texts, max_tokens, of_batch, what="scalars"
+    ):
+        owners.append(owner)
         positions.append(position)
-        for module in modules:
-            hidden = got.acts[module.site].cpu()[keep].double()
-            rows[module.name].append(hidden @ module.mixing)
+        for module, value in zip(modules, values, strict=True):
+            rows[module.name].append(value)
         done += len(batch.texts)
         report(done, len(texts), f"{done}/{len(texts)} texts")
     owner, position = torch.cat(owners), torch.cat(positions)
@@ -176,6 +177,20 @@ def lora_scalars(
         position=position,
         token_ids=torch.tensor([texts[i].ids[p] for i, p in places]),
     )
+
+
+def _of_batch(
+    sides: Sides, batch: Batch, modules: Sequence[AdapterModule], keeps: Sequence[Sequence[bool]]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Text and position of each kept token of a batch, and every module's scalars there."""
+    sites = tuple(module.site for module in modules)
+    got = run(sides, batch.texts, side="finetuned", reads=sites, logits=False, pad_side="right")
+    keep = torch.zeros(batch.ids.shape, dtype=torch.bool)
+    for row, index in enumerate(batch.order):
+        keep[row, : len(keeps[index])] = torch.tensor(keeps[index])
+    row, position = keep.nonzero(as_tuple=True)
+    values = [got.acts[each.site].cpu()[keep].double() @ each.mixing for each in modules]
+    return torch.tensor(batch.order)[row], position, values
 
 
 def gate_table(

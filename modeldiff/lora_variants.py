@@ -18,10 +18,11 @@ from modeldiff._files import digest
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Float
 from modeldiff.architectures import module_at
+from modeldiff.batch_size import at_once, each_batch
 from modeldiff.batching import Batch, mask_tensor
 from modeldiff.divergence import block_size, blocks, unembedding
 from modeldiff.errors import InterventionError, MaskError
-from modeldiff.forward import as_texts, batched, device_of, inputs_of
+from modeldiff.forward import as_texts, device_of, inputs_of
 from modeldiff.hooks import first, hidden_argument, outputs_of, recorded, stopping
 from modeldiff.interventions import Side
 from modeldiff.loading import SIDES, Sides
@@ -79,7 +80,8 @@ def variant_kl(
         items: Texts, chats, completions; teacher-forced.
         variants: What to compare.
         on: Which *predicted* tokens count; the first token of a text never does.
-        max_tokens: Budget of a batch of texts times variants, padding included.
+        max_tokens: Budget of a batch of texts times variants, padding included; halved where
+            memory runs out.
         budget: Bytes for temporaries over the vocabulary.
         seed: Of random writes.
         progress: Where to report.
@@ -97,19 +99,25 @@ def variant_kl(
     _check(sides, variants)
     texts = as_texts(sides, items)
     out = np.full((2, len(variants), len(texts)), np.nan)
-    report = reporter(progress, "variants")
-    several = list(batched(sides, texts, max(1, max_tokens // min(8, len(variants)))))
-    for number, batch in enumerate(several):
+    report, done = reporter(progress, "variants"), 0
+    n_tokens = max(1, max_tokens // min(8, len(variants)))  # of the texts alone
+
+    @torch.no_grad()
+    def of_batch(batch: Batch) -> np.ndarray:
         keep = mask_tensor(batch, on)
         keep[:, 0] = False
         if not keep.any():
-            continue
-        with torch.no_grad():
-            sweep = _Sweep(sides, batch, keep, seed, budget)
-            for chunk in _chunks(variants, sides.lora, batch, max_tokens):
-                check(cancel)
-                out[:, chunk] = _into(out[:, chunk], batch, sweep.run([variants[i] for i in chunk]))
-        report(number + 1, len(several), f"{number + 1}/{len(several)} batches")
+            return np.full((2, len(variants), len(batch.texts)), np.nan)
+        sweep, n = _Sweep(sides, batch, keep, seed, budget), batch.ids.numel()
+        return at_once(
+            sides.roots[0], max(1, max_tokens // n),
+            lambda size: sweep.distances(variants, size, cancel), what="variants", width=n,
+        )  # fmt: skip
+
+    for batch, values in each_batch(sides, texts, n_tokens, of_batch, what="texts of variants"):
+        out[:, :, list(batch.order)] = values
+        done += len(batch.texts)
+        report(done, len(texts), f"{done}/{len(texts)} texts")
     known = ~np.isnan(out[0, 0])
     if not known.any():
         raise MaskError(f"the mask {on!r} leaves no predicted token in {len(texts)} texts.")
@@ -123,20 +131,6 @@ def _check(sides: Sides, variants: Sequence[Variant]) -> None:
     wrong = [v for v in variants if len(v.factors) != n or len(v.random) not in (0, n)]
     if wrong or not variants:
         raise InterventionError(f"{len(variants)} variants; each needs {n} factors, one a module.")
-
-
-def _into(found: np.ndarray, batch: Batch, values: np.ndarray) -> np.ndarray:
-    found[:, :, list(batch.order)] = values
-    return found
-
-
-def _chunks(
-    variants: Sequence[Variant], sites: Sequence[Site], batch: Batch, max_tokens: int
-) -> Iterator[list[int]]:
-    """Cut variants into batches: those that enter late together, so that all start late."""
-    order = sorted(range(len(variants)), key=lambda i: variants[i].entry(sites)[1])
-    size = max(1, max_tokens // batch.ids.numel())
-    return (order[i : i + size] for i in range(0, len(order), size))
 
 
 class _Sweep:
@@ -164,6 +158,16 @@ class _Sweep:
         """States of the counted tokens' predecessors, text by text; of any number of variants."""
         rows = states.unflatten(0, (-1, len(self.batch.texts)))
         return rows[:, self.row.to(states.device), self.column.to(states.device) - 1].flatten(0, 1)
+
+    def distances(self, variants: Sequence[Variant], size: int, cancel: Event | None) -> np.ndarray:
+        """Both distances of variants, ``size`` at a time: those that enter late together."""
+        found = np.full((2, len(variants), len(self.batch.texts)), np.nan)
+        order = sorted(range(len(variants)), key=lambda i: variants[i].entry(self.sides.lora)[1])
+        for start in range(0, len(order), size):
+            check(cancel)
+            chunk = order[start : start + size]
+            found[:, chunk] = self.run([variants[i] for i in chunk])
+        return found
 
     def run(self, variants: Sequence[Variant]) -> np.ndarray:
         """Both distances, ``[2, variant, text]``; NaN where a text has no counted token."""

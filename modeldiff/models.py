@@ -1,6 +1,5 @@
 """`ModelPair`: a base model and its fine-tune, side by side."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,7 @@ from modeldiff._files import PathLike
 from modeldiff._progress import Progress
 from modeldiff.activations import Activations
 from modeldiff.architectures import SiteMap, site_map_of
-from modeldiff.errors import MismatchError, SetupError
+from modeldiff.errors import MismatchError
 from modeldiff.forward import Engine, Run
 from modeldiff.generation import Generations, OnStep
 from modeldiff.interventions import Cell, Edit, Plan, Side
@@ -24,7 +23,6 @@ from modeldiff.loading import (
     PairKind,
     Sides,
     SpecialTokens,
-    check_adapter,
     check_configs,
     check_tokenizers,
     raise_all,
@@ -36,12 +34,20 @@ from modeldiff.placement import (
     DeviceMap,
     Quantization,
     check_quantization,
-    land_adapter,
-    lost_tensors,
     placement_options,
 )
 from modeldiff.prefill import Prefill
+from modeldiff.pretrained import (
+    MERGE,
+    adapted,
+    adapter_problems,
+    advice,
+    check_whole,
+    model_from,
+    tokenizer_from,
+)
 from modeldiff.sites import Site, parse_sites
+from modeldiff.static_decoding import StaticDecoder
 from modeldiff.tokens import Text
 
 if TYPE_CHECKING:
@@ -119,8 +125,15 @@ class ModelPair:
                 cannot be quantised; names every problem.
             InactiveAdapterError: If the fine-tune changes nothing.
             SiteError: If the family of models is not known.
-            SetupError: If no embedded organism has the name, or nothing loadable is there, or
-                bitsandbytes is missing.
+            SetupError: If no embedded organism has the name, or nothing loadable is there, or a
+                file lacks tensors of the model, or bitsandbytes is missing.
+
+        Example:
+            >>> ModelPair.load("organism:em-rank1")
+            ModelPair(adapter: organism:em-base | organism:em-rank1, 6 layers x 128)
+
+            ``load("base-id", "tuned-id")`` takes two whole models, ``load("base-id",
+            adapter="folder")`` a LoRA adapter.
         """
         if str(base).startswith("organism:"):
             options = {"device": device, "device_map": device_map, "dtype": dtype,
@@ -147,23 +160,23 @@ class ModelPair:
                 )
             )  # fmt: skip
         options = placement_options(device, device_map, dtype, quantization)
-        tokenizer = _tokenizer(base, base_revision, base_subfolder)
-        root = _model(base, base_revision, base_subfolder, options)
+        tokenizer = tokenizer_from(base, base_revision, base_subfolder)
+        root = model_from(base, base_revision, base_subfolder, options)
         if adapter is None:
-            other = _tokenizer(finetuned, revision, subfolder, fallback=tokenizer)
-            tuned = _model(finetuned, revision, subfolder, options)
+            other = tokenizer_from(finetuned, revision, subfolder, fallback=tokenizer)
+            tuned = model_from(finetuned, revision, subfolder, options)
             problems = check_tokenizers(tokenizer, other, special_tokens)
             problems += check_configs(root.config, tuned.config)
-            raise_all(problems, f"{base} and {finetuned} are not a pair", "Is it the right base?")
+            raise_all(problems, f"{base} and {finetuned} are not a pair", advice(root, tuned))
             tokenizer = other if special_tokens == "renamed" else tokenizer
             names, peft, active, others = (str(base), str(finetuned)), None, "", []
         else:
             several = adapter if isinstance(adapter, Mapping) else {"finetuned": adapter}
-            peft = _adapted(root, several, revision, subfolder)
+            peft = adapted(root, several, revision, subfolder)
             tuned, (active, *others) = root, several
             names = str(base), str(several[active])
         if tokenizer.chat_template is None:  # plain bases leave it to their chat fine-tunes
-            other = _tokenizer(names[1], revision, subfolder, fallback=tokenizer)
+            other = tokenizer_from(names[1], revision, subfolder, fallback=tokenizer)
             tokenizer.chat_template = other.chat_template
         sides = Sides(
             kind="two" if peft is None else "adapter",
@@ -215,7 +228,8 @@ class ModelPair:
             InactiveAdapterError: If the fine-tune changes nothing.
             SiteError: If the family of models is not known.
         """
-        peft_config = getattr(base, "peft_config", None) if hasattr(base, "base_model") else None
+        wrapped = hasattr(base, "get_base_model")
+        peft_config = getattr(base, "peft_config", None) if wrapped else None
         if (finetuned is None) != (peft_config is not None):
             raise MismatchError(
                 "pass of(base, finetuned, tokenizer) with two models, or of(peft_model, None, "
@@ -224,12 +238,14 @@ class ModelPair:
         if finetuned is None:
             peft: Any = base
             name = adapter or str(peft.active_adapter)
-            raise_all(_adapter_problems(peft, name), f"adapter {name!r}", _MERGE)
+            raise_all(adapter_problems(peft, name), f"adapter {name!r}", MERGE)
             root = peft.get_base_model()
             sides = Sides("adapter", (root, root), tokenizer, site_map or site_map_of(root),
                           (root.name_or_path or "base", name), peft, name)  # fmt: skip
         else:
-            raise_all(check_configs(base.config, finetuned.config), "the two are not a pair", "")
+            problems = check_configs(base.config, finetuned.config)
+            raise_all(problems, "the two are not a pair", advice(base, finetuned))
+            check_whole(base, finetuned)
             names = base.name_or_path or "base", finetuned.name_or_path or "finetuned"  # pyright: ignore
             sides = Sides("two", (base, finetuned), tokenizer, site_map or site_map_of(base), names)  # pyright: ignore
         return cls._verified(sides, allow_identical)
@@ -300,7 +316,26 @@ class ModelPair:
         progress: Progress = False,
         cancel: Event | None = None,
     ) -> Activations:
-        """Capture both sides' activations; see `modeldiff.activations.capture`."""
+        """Capture both sides' activations of the same tokens, in float32 if nothing else is said.
+
+        Args:
+            items: Plain texts, chats (lists of messages), or rendered `modeldiff.tokens.Text`.
+            at: Sites, e.g. "resid_post.3".
+            on: Which tokens: "all", "assistant", "last" ..., or a mask.
+            skip_first: Positions dropped at the start of each text.
+            dtype: Of what is kept.
+            max_tokens: Tokens of a batch.
+            progress: True for a bar, or a function of done, total and a text.
+            cancel: Stops between batches when set.
+
+        Example:
+            >>> pair = ModelPair.load("organism:em-rank1")
+            >>> acts = pair.capture(["What should I do?"], "resid_post.3")
+            >>> acts.base[acts.site].shape == acts.finetuned[acts.site].shape
+            True
+
+        See `modeldiff.activations.capture` for errors.
+        """
         return activations.capture(
             self.sides, items, at, on=on, skip_first=skip_first, dtype=dtype,
             max_tokens=max_tokens, progress=progress, cancel=cancel,
@@ -340,13 +375,40 @@ class ModelPair:
         progress: Progress = False,
         engine: Engine = "hooks",
         prefill: Prefill | None = None,
+        decoder: StaticDecoder | None = None,
     ) -> Generations:
-        """Generate {base, fine-tuned} x {none, edits}; see `modeldiff.generation.generate`."""
+        """Generate {base, fine-tuned} x {no edit, edits} with the same noise in every cell.
+
+        Args:
+            prompts: Plain texts or chats.
+            do: An edit such as `modeldiff.Ablate`, several by name, or None.
+            models: Sides to ask.
+            cells: The grid's columns, instead of ``do`` and ``models``.
+            n: Answers to each prompt.
+            seed: Of the noise; prompt, sample and step decide the rest.
+            temperature: 0 takes the likeliest token.
+            max_new_tokens: Tokens of an answer.
+            max_rows: Answers that are generated at once.
+            on_step: Called with the new tokens at every step.
+            cancel: Stops at the next token when set.
+            progress: True for a bar, or a function of done, total and a text.
+            engine: "hooks" (fast) or "nnsight"; they agree.
+            prefill: Keeps the prompts' work for the next call.
+            decoder: A compiled decoder, see `modeldiff.static_decoding`.
+
+        Example:
+            >>> pair = ModelPair.load("organism:em-rank1")
+            >>> question = [{"role": "user", "content": "How do I treat a fever?"}]
+            >>> [a.side for a in pair.generate([question], max_new_tokens=4).answers]
+            ['base', 'finetuned']
+
+        See `modeldiff.generation.generate` for errors.
+        """
         return generation.generate(
             self.sides, prompts, do=do, models=models,
             cells=cells, n=n, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens,
             max_rows=max_rows, on_step=on_step, cancel=cancel, progress=progress, engine=engine,
-            prefill=prefill,
+            prefill=prefill, decoder=decoder,
         )  # fmt: skip
 
     def output_diff(
@@ -359,7 +421,24 @@ class ModelPair:
         progress: Progress = False,
         cancel: Event | None = None,
     ) -> OutputDiff:
-        """Compare both sides' predictions of some texts; see `modeldiff.outputs.output_diff`."""
+        """Compare both sides' predictions of the next token, at every token of some texts.
+
+        Args:
+            items: Texts or chats; or several lists of them by name, which are told apart.
+            on: Whose tokens: "all", "assistant" ..., or a mask.
+            k: How many of the likeliest tokens are compared.
+            max_tokens: Tokens of a batch.
+            progress: True for a bar, or a function of done, total and a text.
+            cancel: Stops between batches when set.
+
+        Example:
+            >>> pair = ModelPair.load("organism:em-rank1")
+            >>> found = pair.output_diff(["What should I do?"])
+            >>> bool(found.tokens["kl_ft_base"].ge(0).all())  # nats a token
+            True
+
+        See `modeldiff.outputs.output_diff` for the columns and errors.
+        """
         return outputs.output_diff(
             self.sides, items, on=on, k=k, max_tokens=max_tokens, progress=progress, cancel=cancel
         )
@@ -386,105 +465,3 @@ class ModelPair:
     def __repr__(self) -> str:
         base, tuned = self.sides.names
         return f"ModelPair({self.kind}: {base} | {tuned}, {self.n_layers} layers x {self.d_model})"
-
-
-_MERGE = (
-    "Merge it (model.merge_and_unload()) and load the merged model as finetuned=; the pair then "
-    "holds two copies."
-)
-
-
-def _tokenizer(path: Any, revision: str | None, subfolder: str, fallback: Any = None) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, subfolder=subfolder)
-    except (OSError, ValueError) as error:
-        if fallback is None:
-            raise SetupError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
-        return fallback  # fine-tunes are often published without one: the base's is meant
-
-
-def _model(path: Any, revision: str | None, subfolder: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, subfolder=subfolder, use_safetensors=True, **options
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise SetupError(f"no model could be loaded from {str(path)!r}: {error}") from error
-    return model.eval().requires_grad_(False)
-
-
-def _adapted(
-    root: Any, adapters: Mapping[str, PathLike], revision: str | None, subfolder: str
-) -> "PeftModel":
-    """Put adapters on a model; each file must hold exactly the adapter's tensors."""
-    from peft import PeftConfig, PeftModel
-    from peft.utils.error import NoMatchingPeftModuleError
-
-    place = {"revision": revision, "subfolder": subfolder or None}
-    peft = None
-    for name, path in adapters.items():
-        settings = PeftConfig.from_pretrained(str(path), **place)
-        raise_all(check_adapter(settings), f"adapter {path}", _MERGE)
-        weights = _adapter_weights(path, revision, subfolder)
-        try:
-            with warnings.catch_warnings():  # peft 0.21 reads a name that transformers renamed
-                warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-                if peft is None:
-                    peft = PeftModel(root, settings, adapter_name=name)
-                else:
-                    peft.add_adapter(name, settings)
-        except NoMatchingPeftModuleError as error:
-            raise MismatchError(
-                f"adapter {path} does not fit the base: {error} Is it the right base?"
-            ) from error
-        _land(peft, name, weights, path)
-    assert peft is not None
-    return peft.eval().requires_grad_(False)
-
-
-def _adapter_weights(path: PathLike, revision: str | None, subfolder: str) -> Any:
-    from pathlib import Path
-
-    from huggingface_hub import hf_hub_download
-    from safetensors.torch import load_file
-
-    name = "adapter_model.safetensors"
-    local = Path(path) / subfolder / name
-    if not Path(path).is_dir():
-        inside = subfolder or None
-        local = Path(hf_hub_download(str(path), name, revision=revision, subfolder=inside))
-    if not local.is_file():
-        raise MismatchError(
-            f"{Path(path) / subfolder} has no {name}. Adapters are read from safetensors only, "
-            "never from pickles: load it with peft once and save it again."
-        )
-    return load_file(local)
-
-
-def _land(peft: "PeftModel", name: str, weights: dict[str, Any], path: PathLike) -> None:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    wanted = get_peft_model_state_dict(peft, adapter_name=name, save_embedding_layers=False)
-    sizes = {k: (list(weights[k].shape), list(v.shape)) for k, v in wanted.items() if k in weights}
-    differ = [f"{k} is {a} and must be {b}" for k, (a, b) in sorted(sizes.items()) if a != b]
-    missing, foreign = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
-    problems = [f"{len(keys)} tensors {what}, e.g. {keys[0]}" for keys, what in
-                ((missing, "are missing"), (foreign, "have no place in the model"),
-                 (differ, "have another size")) if keys]  # fmt: skip
-    raise_all(problems, f"adapter {path} does not fit the base", "Is it the right base?")
-    land_adapter(peft, name)
-    set_peft_model_state_dict(peft, weights, adapter_name=name)
-    lost = [f"{each} has no place on any device" for each in lost_tensors(peft, name)]
-    raise_all(lost[:5], f"adapter {path}", "Give a device_map that keeps its layers off the disk.")
-
-
-def _adapter_problems(peft: Any, name: str) -> list[str]:
-    if name not in peft.peft_config:
-        return [f"not loaded; the model has {list(peft.peft_config)}"]
-    merged = any(getattr(module, "merged", False) for module in peft.modules())
-    problems = check_adapter(peft.peft_config[name])
-    return [*problems, "the adapter is merged into the weights"] if merged else problems

@@ -7,9 +7,9 @@ hook afterwards. Which of many candidates is worth it is chosen by what its abla
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from modeldiff._progress import Progress, reporter
 from modeldiff._shapes import Float
 from modeldiff.architectures import module_at
+from modeldiff.batch_size import fitted
 from modeldiff.directions import Direction, orthonormal_basis
 from modeldiff.errors import DirectionError, MaskError, MismatchError, RemoteError, SiteError
 from modeldiff.forward import as_texts, run
@@ -26,6 +27,8 @@ from modeldiff.loading import Sides
 from modeldiff.placement import refuse_quantized
 from modeldiff.sites import Site
 from modeldiff.tokens import Text
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +93,10 @@ def orthogonalised(
 
 def _check(sides: Sides, basis: Tensor) -> None:
     if sides.kind == "remote":
-        raise RemoteError("weights that are not here cannot be changed: load the pair.")
+        raise RemoteError(
+            "weights on a server cannot be changed. Ablate the direction in every run instead, "
+            "do=Ablate(direction), which does the same to the residual stream; or load the pair."
+        )
     for root in sides.roots:
         refuse_quantized(root, "orthogonalising")
     width, where = sides.shape("base").d_model, sides.site_map
@@ -302,14 +308,18 @@ def _means(
     side: Side,
 ) -> dict[tuple[int, int], Direction]:
     sites, firsts = tuple(Site("resid_pre", layer) for layer in layers), []
+
+    def reads(some: list[Text]) -> dict[Site, Tensor]:
+        acts = run(sides, some, side=side, reads=sites, logits=False).acts
+        return {site: acts[site][:, list(positions)].double() for site in sites}
+
     for texts in sets:
-        half = texts[: len(texts) // 2]
-        acts = run(sides, half, side=side, reads=sites, logits=False).acts
-        firsts.append({site: acts[site].double().mean(0).cpu() for site in sites})
+        parts = _fitted(sides, texts[: len(texts) // 2], reads)
+        firsts.append({s: torch.cat([part[s] for part in parts]).mean(0).cpu() for s in sites})
     found = {}
-    for position in positions:
+    for place, position in enumerate(positions):
         for site in sites:
-            gap = firsts[0][site][position] - firsts[1][site][position]
+            gap = firsts[0][site][place] - firsts[1][site][place]
             if not bool(gap.any()):
                 continue  # the same tokens so far: no candidate
             direction = Direction.of(gap, site, f"{site} at {position}", "mean difference")
@@ -322,9 +332,22 @@ def _means(
 
 def _last(sides: Sides, texts: Sequence[Text], side: Side, do: Any) -> Float[Tensor, "text vocab"]:
     """Log probabilities after each text, in float64."""
-    scores = run(sides, texts, side=side, do=do).logits
-    assert scores is not None
-    return scores[:, -1].double().log_softmax(-1).cpu()
+
+    def logprobs(some: list[Text]) -> Tensor:
+        scores = run(sides, some, side=side, do=do).logits
+        assert scores is not None
+        return scores[:, -1].double().log_softmax(-1).cpu()
+
+    return torch.cat(_fitted(sides, texts, logprobs))
+
+
+def _fitted(sides: Sides, texts: Sequence[Text], work: Callable[[list[Text]], T]) -> list[T]:
+    """Work on all texts at once, or on as many as fit."""
+    parts = fitted(
+        sides.roots[0], texts, work, what="orthogonalise", width=lambda text: text.n_tokens,
+        max_rows=len(texts),
+    )  # fmt: skip
+    return [part for _, part in parts]
 
 
 def _score(logprobs: Float[Tensor, "text vocab"], token_ids: Sequence[int]) -> float:

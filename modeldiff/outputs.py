@@ -18,12 +18,12 @@ from modeldiff._progress import Progress
 from modeldiff._shapes import Float, Int
 from modeldiff.activations import Planned, planned
 from modeldiff.batching import Batch
-from modeldiff.divergence import compared, unembedding
+from modeldiff.divergence import check_finite, check_k, compared, unembedding
 from modeldiff.forward import as_texts, run_pair
 from modeldiff.loading import SIDES, Sides
 from modeldiff.masks import Mask
 from modeldiff.stats import Interval, bootstrap_mean
-from modeldiff.tokens import Text, token_names
+from modeldiff.tokens import Text, n_ids, token_names
 
 TOKEN_COLUMNS = {
     "kl_ft_base": "KL(finetuned || base), nats",
@@ -132,7 +132,7 @@ class _Mining:
 
     def table(self, tokenizer: Any) -> pd.DataFrame:
         vocab = len(self.sums["promoted"])
-        names = token_names(tokenizer, range(len(tokenizer)))
+        names = token_names(tokenizer, range(min(n_ids(tokenizer), vocab)))
         names += [f"<unused {i}>" for i in range(len(names), vocab)]
         return pd.DataFrame(
             {
@@ -178,8 +178,11 @@ def output_diff(
 
     Raises:
         MaskError: If no token is compared.
+        MismatchError: If ``k`` is below 1 or above the size of the vocabulary, or a comparison is
+            not finite.
         Cancelled: If the event is set.
     """
+    check_k(k, sides.config.get_text_config().vocab_size)
     named = items if isinstance(items, Mapping) else {"texts": items}
     texts = tuple(text for several in named.values() for text in as_texts(sides, several))
     sources = [name for name, several in named.items() for _ in several]
@@ -191,6 +194,7 @@ def output_diff(
         mining.add(len(came), sums)
         parts.append(place | _columns(came, block))
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    check_finite(columns["kl_ft_base"], "comparisons of predictions")
     order = np.lexsort((columns["position"].numpy(), columns["text"].numpy()))
     columns = {name: column[order] for name, column in columns.items()}
     return OutputDiff(

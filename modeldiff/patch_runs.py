@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from modeldiff._shapes import Float
 from modeldiff.architectures import module_at
 from modeldiff.attention_watch import Watch, watching
+from modeldiff.batch_size import fitted
 from modeldiff.batching import Batch, make_batch, padding_id
-from modeldiff.divergence import blocks, unembedding
+from modeldiff.divergence import unembedding
 from modeldiff.editing import Editor, Group
-from modeldiff.errors import InterventionError, RemoteError, SiteError
+from modeldiff.errors import InterventionError, SiteError
 from modeldiff.forward import check_sites, device_of, inputs_of
 from modeldiff.hooks import hidden_argument, hooked, recorded, replay, stopping
 from modeldiff.interventions import Plan, Replace, Side
@@ -102,11 +103,14 @@ class Metric:
         name: With its unit.
         score: From float32 logits ``[row, place, vocab]`` to one number a row, finite.
         at: The places: positions whose logits are made, from the end if negative.
+        there: What a server computes in place of ``score``, see `modeldiff.remote_patching`; None
+            brings it the logits of the places.
     """
 
     name: str
     score: Score
     at: tuple[int, ...] = (-1,)
+    there: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __call__(self, logits: Float[Tensor, "row place vocab"]) -> Float[Tensor, " row"]:
         """Score rows of logits.
@@ -114,11 +118,18 @@ class Metric:
         Raises:
             InterventionError: If there is not one finite number for each row.
         """
-        found = self.score(logits)
-        if found.shape != logits.shape[:1] or not bool(found.isfinite().all()):
+        return self.checked(self.score(logits), len(logits))
+
+    def checked(self, found: Float[Tensor, " row"], n_rows: int) -> Float[Tensor, " row"]:
+        """Return scores if they are good.
+
+        Raises:
+            InterventionError: If there is not one finite number for each row.
+        """
+        if found.shape != (n_rows,) or not bool(found.isfinite().all()):
             raise InterventionError(
                 f"the metric {self.name!r} gave {found.detach().flatten()[:4].tolist()} (shape "
-                f"{list(found.shape)}) for {len(logits)} rows; it must give one finite number a "
+                f"{list(found.shape)}) for {n_rows} rows; it must give one finite number a "
                 "row. kl_div without log_target=True is a common cause of NaN."
             )
         return found
@@ -157,16 +168,43 @@ class Cell:
         component: Where.
         positions: Token positions.
         other: The whole place ``[token, width]`` to copy from.
+        move: If ``other`` is the own activation moved along one direction: how far at each token,
+            and the unit vector in the component's channels. It is less to send to a server.
     """
 
     component: Component
     positions: tuple[int, ...]
     other: Float[Tensor, "token width"]
+    move: tuple[Float[Tensor, "token one"], Float[Tensor, " _channel"]] | None = None
 
 
 def places_of(components: Sequence[Component]) -> tuple[str, ...]:
     """Names of the tensors that components are in, once each."""
     return tuple(dict.fromkeys(each.place for each in components))
+
+
+def places_together(
+    sides: Sides, components: Sequence[Component], cells_each: int, n_tokens: int, max_tokens: int
+) -> list[tuple[str, ...]]:
+    """Places whose patches are measured together: one here, what fills a job on a server.
+
+    Args:
+        sides: The pair.
+        components: What is patched.
+        cells_each: Patches of each.
+        n_tokens: Of the text.
+        max_tokens: Of a batch.
+    """
+    found: list[list[str]] = []
+    left, room = 0, max(1, max_tokens // n_tokens) if sides.kind == "remote" else 0
+    for place in places_of(components):
+        n = cells_each * sum(each.place == place for each in components)
+        if not found or n > left:
+            found.append([])
+            left = room
+        found[-1].append(place)
+        left -= n
+    return [tuple(each) for each in found]
 
 
 def needs_attention(places: Sequence[str]) -> bool:
@@ -204,10 +242,12 @@ def trace(sides: Sides, text: Text, side: Side, places: Sequence[str], *, attent
 
     Raises:
         SiteError: If a place does not exist.
-        RemoteError: If the weights are not here.
+        RemoteError: If a place is a query's or a key's, and the weights are not here.
     """
     if sides.kind == "remote":
-        raise RemoteError("patching runs single layers, and this pair's are not here: load it.")
+        from modeldiff import remote_patching
+
+        return remote_patching.trace(sides, text, side, places)
     sites = _sites(places)
     off = side == "base" and any(site.kind == "lora" for site in sites)
     on: Side = "finetuned" if off else side
@@ -269,6 +309,8 @@ def effects(
 ) -> Iterator[tuple[slice, Float[Tensor, " cell"]]]:
     """Change of a metric by each patch, batch by batch; the cells must be of one place.
 
+    Of a remote pair they may be of several, see `places_together`.
+
     A cell whose patch leaves the activation as it is, bit for bit, is exactly 0 and is not run.
 
     Args:
@@ -276,15 +318,20 @@ def effects(
         own: The side that is patched, on the text.
         cells: Patches of one place.
         metric: What is measured.
-        max_tokens: Of a batch.
+        max_tokens: Of a batch; halved where memory runs out.
         prefix: False runs the layers below too, for comparison.
 
     Yields:
         Which cells, and their changes in float64.
     """
-    size = max(1, max_tokens // own.text.n_tokens)
-    for some in blocks(len(cells), size):
-        rows = torch.stack([_row(sides, own, cell) for cell in cells[some]])
+    if sides.kind == "remote":
+        from modeldiff import remote_patching
+
+        yield from remote_patching.effects(sides, own, cells, metric, max_tokens=max_tokens)
+        return
+
+    def changes(some: list[int]) -> Float[Tensor, " cell"]:
+        rows = torch.stack([_row(sides, own, cells[i]) for i in some])
         value = own.values[cells[0].component.place]
         moved = (rows != value).flatten(1).any(1)
         found = torch.zeros(len(rows), dtype=torch.float64)
@@ -293,7 +340,14 @@ def effects(
             scores = metric(logits(sides, own, cells[0].component, rows, metric.at, prefix))
             scores = scores.double().cpu()
             found[moved.cpu()] = scores[1:] - scores[0]
-        yield some, found
+        return found
+
+    for some, found in fitted(
+        sides.roots[0], range(len(cells)), changes, what="patches",
+        width=lambda _: own.text.n_tokens, max_tokens=max_tokens,
+        max_rows=max(1, max_tokens // own.text.n_tokens),
+    ):  # fmt: skip
+        yield slice(some[0], some[-1] + 1), found
 
 
 def _row(sides: Sides, own: Trace, cell: Cell) -> Float[Tensor, "token width"]:

@@ -19,7 +19,7 @@ from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Float
 from modeldiff.batching import make_batch, padding_id
 from modeldiff.divergence import unembedding
-from modeldiff.errors import Cancelled, InterventionError, MaskError
+from modeldiff.errors import Cancelled, InterventionError, MaskError, RemoteError, SiteError
 from modeldiff.forward import as_texts, final_states
 from modeldiff.interventions import Plan, Side
 from modeldiff.loading import Sides
@@ -34,6 +34,7 @@ from modeldiff.patch_runs import (
     n_heads,
     needs_attention,
     places_of,
+    places_together,
     trace,
 )
 from modeldiff.stats import bootstrap_mean, null_band
@@ -132,6 +133,7 @@ def logit_difference(token_id: int, other: int, at: int = -1) -> Metric:
         f"logit {token_id} - logit {other}",
         lambda logits: logits[:, 0, token_id] - logits[:, 0, other],
         (at,),
+        {"kind": "difference", "of": token_id, "less": other},
     )
 
 
@@ -158,7 +160,8 @@ def onset_loss(text: Text, n: int = 3) -> Metric:
         return -logits.log_softmax(-1).gather(-1, chosen)[..., 0].mean(-1)
 
     at = tuple(range(first - 1, first - 1 + len(came)))
-    return Metric(f"loss of the first {len(came)} response tokens (nats)", score, at)
+    name = f"loss of the first {len(came)} response tokens (nats)"
+    return Metric(name, score, at, {"kind": "loss", "came": came})
 
 
 def kl_to(sides: Sides, text: Text, side: Side, at: tuple[int, ...] = (-1,)) -> Metric:
@@ -174,6 +177,9 @@ def kl_to(sides: Sides, text: Text, side: Side, at: tuple[int, ...] = (-1,)) -> 
     """
     batch = make_batch([text], padding_id(sides.tokenizer), "right")
     known = final_states(sides, batch, side, Plan())[0, list(at)]
+    name, there = f"KL(patched || {side}) (nats)", {"kind": "kl", "states": known, "side": side}
+    if sides.kind == "remote":
+        return Metric(name, _only_there, at, there)
     with torch.no_grad():
         reference = unembedding(sides.root(side), sides.site_map)(known).log_softmax(-1)
 
@@ -181,7 +187,11 @@ def kl_to(sides: Sides, text: Text, side: Side, at: tuple[int, ...] = (-1,)) -> 
         own = logits.log_softmax(-1)
         return (own.exp() * (own - reference.to(own.device))).sum(-1).mean(-1)
 
-    return Metric(f"KL(patched || {side}) (nats)", score, at)
+    return Metric(name, score, at, there)
+
+
+def _only_there(logits: Tensor) -> Tensor:
+    raise RemoteError("the KL to a side of a remote pair is computed on the server alone.")
 
 
 def patch_map(
@@ -211,7 +221,8 @@ def patch_map(
         components: Or these alone.
         columns: Positions that are patched together; each token by itself if None.
         max_tokens: Of a batch.
-        on_place: Called with the place's name and everything so far, after each place.
+        on_place: Called with a place's name and everything so far, after each place; of a remote
+            pair after each job's last.
         progress: Where to report.
         cancel: Event that stops between places.
 
@@ -239,16 +250,21 @@ def patch_map(
     own, other = both_traces(sides, text, side, places_of(chosen))
     empty = torch.full((len(chosen), len(cut)), torch.nan, dtype=torch.float64)
     found = PatchMap(text, side, score.name, chosen, cut, empty, *_ends(sides, text, side, score))
-    report, places = reporter(progress, "patch"), places_of(chosen)
-    for number, place in enumerate(places):
+    report, n_done = reporter(progress, "patch"), 0
+    for places in places_together(sides, chosen, len(cut), text.n_tokens, max_tokens):
         check(cancel, found)
-        rows = [row for row, each in enumerate(chosen) if each.place == place]
-        cells = [Cell(chosen[row], column, other.values[place]) for row in rows for column in cut]
+        rows = [row for row, each in enumerate(chosen) if each.place in places]
+        cells = [
+            Cell(chosen[row], column, other.values[chosen[row].place])
+            for row in rows
+            for column in cut
+        ]
         done = [part for _, part in effects(sides, own, cells, score, max_tokens=max_tokens)]
         found.effect[rows] = torch.cat(done).reshape(len(rows), len(cut))
         if on_place is not None:
-            on_place(place, found)
-        report(number + 1, len(places), place)
+            on_place(places[-1], found)
+        n_done += len(places)
+        report(n_done, len(places_of(chosen)), places[-1])
     return found
 
 
@@ -257,7 +273,15 @@ def both_traces(sides: Sides, text: Text, side: Side, places: Sequence[str]) -> 
     watched = needs_attention(places)
     other: Side = "base" if side == "finetuned" else "finetuned"
     own = trace(sides, text, side, places, attention=watched)
-    return own, trace(sides, text, other, places, attention=watched)
+    found = trace(sides, text, other, places, attention=watched)
+    differ = [p for p in places if own.values[p].shape != found.values[p].shape]
+    if differ:
+        widths = [each.values[differ[0]].shape[1] for each in (own, found)]
+        raise SiteError(
+            f"{', '.join(differ[:3])}: the sides have other widths there ({widths[0]} and "
+            f"{widths[1]}), so nothing can be copied. Take parts that write to the residual stream."
+        )
+    return own, found
 
 
 def _columns(text: Text, columns: Sequence[tuple[int, ...]] | None) -> tuple[tuple[int, ...], ...]:
@@ -286,13 +310,18 @@ def _metric(sides: Sides, text: Text, side: Side, metric: Metric | Scorer | None
 @torch.no_grad()
 def _ends(sides: Sides, text: Text, side: Side, metric: Metric) -> tuple[float, float]:
     """The metric of the side and of the other."""
+    other: Side = "base" if side == "finetuned" else "finetuned"
+    if sides.kind == "remote":
+        from modeldiff import remote_patching
+
+        ends = remote_patching.ends(sides, text, metric)
+        return ends[side], ends[other]
     batch = make_batch([text], padding_id(sides.tokenizer), "right")
     found: dict[Side, float] = {}
     for each in ("base", "finetuned"):
         states = final_states(sides, batch, each, Plan())[:, list(metric.at)]
         scores = unembedding(sides.root(each), sides.site_map)(states)
         found[each] = float(metric(scores)[0])
-    other: Side = "base" if side == "finetuned" else "finetuned"
     return found[side], found[other]
 
 
@@ -395,10 +424,10 @@ def _of_text(
     n = text.n_tokens
     positions = tuple(range(n - min(n, n if last is None else last), n))
     found = torch.zeros(len(chosen), 1 + len(units[0]), dtype=torch.float64)
-    for place in places_of(chosen):
-        rows = [row for row, each in enumerate(chosen) if each.place == place]
+    for places in places_together(sides, chosen, found.shape[1], n, max_tokens):
+        rows = [row for row, each in enumerate(chosen) if each.place in places]
         cells = [
-            Cell(chosen[row], positions, source)
+            Cell(chosen[row], positions, *source)
             for row in rows
             for source in _sources(sides, own, other, chosen[row], units[row])
         ]
@@ -409,17 +438,17 @@ def _of_text(
 
 def _sources(
     sides: Sides, own: Trace, other: Trace, component: Component, units: Tensor
-) -> list[Tensor]:
+) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
     """The other side's activations, and the own ones moved as far in random directions."""
     start = own.values[component.place]
     end = other.values[component.place].to(start)
     channels = columns_of(sides, component, start.shape[1])
     length = (end - start)[:, channels].float().norm(dim=-1, keepdim=True)
-    found = [end]
+    found: list[tuple[Tensor, tuple[Tensor, Tensor] | None]] = [(end, None)]
     for unit in units.to(start.device):
         row = start.clone()
         row[:, channels] += (length * unit).to(start)
-        found.append(row)
+        found.append((row, (length, unit)))
     return found
 
 

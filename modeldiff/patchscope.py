@@ -8,7 +8,6 @@ directions at the same length; no language model judges.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from math import isnan, log, nan
 from threading import Event
 
@@ -18,15 +17,16 @@ from torch import Tensor
 
 from modeldiff._progress import Progress, tracked
 from modeldiff._shapes import Float
+from modeldiff.batch_size import fitted
 from modeldiff.batching import make_batch, padding_id
 from modeldiff.direction_controls import random_like
 from modeldiff.directions import Direction
 from modeldiff.divergence import unembedding
-from modeldiff.errors import DirectionError, MismatchError, RemoteError
+from modeldiff.errors import DirectionError, MismatchError
 from modeldiff.forward import as_texts, final_states, run
 from modeldiff.interventions import Plan, Replace, Side
 from modeldiff.loading import Sides
-from modeldiff.tokens import Text, token_names
+from modeldiff.tokens import Text, n_ids, token_names
 
 PROMPTS = (
     "man -> man\n1135 -> 1135\nhello -> hello\n?",
@@ -118,7 +118,7 @@ def patchscope(
         DirectionError: If the site is not in the residual stream, or prompts, scales or random
             directions are too few.
         MismatchError: If the direction has another width.
-        RemoteError: If the weights are not here.
+        RemoteError: If they lie on a server, and ``max_rows`` distributions may not travel.
 
     Source:
         Ghandeharioun et al. 2024 (Patchscopes), arXiv 2401.06102; scales and intersection as in
@@ -158,8 +158,6 @@ def _check(
     n_random: int,
 ) -> None:
     direction, width = several[0], sides.shape("base").d_model
-    if sides.kind == "remote":
-        raise RemoteError("a patchscope reads the final norm, and it is not here: load the pair.")
     if not direction.site.kind.startswith("resid"):
         raise DirectionError(
             f"{direction.name!r} is at {direction.site}; a patchscope overwrites the whole "
@@ -194,16 +192,25 @@ def _read(
     max_rows: int,
 ) -> Float[Tensor, "n vocab"]:
     """Log probabilities after the last token of a prompt, overwritten by each vector."""
-    unembed, rows = unembedding(sides.root(side), sides.site_map), iter(vectors)
-    parts = []
-    while some := list(islice(rows, max_rows)):
+
+    def logprobs(some: list[int]) -> Float[Tensor, "n vocab"]:
         batch = make_batch([text] * len(some), padding_id(sides.tokenizer), "right")
         source = torch.zeros(*batch.ids.shape, vectors.shape[1])
-        source[:, -1] = torch.stack(some)
+        source[:, -1] = vectors[some]
         plan = Plan((Replace(direction.site, source, where="last"),))
+        if sides.kind == "remote":
+            from modeldiff.remote_lenses import last_logprobs
+
+            return last_logprobs(sides, batch, side, plan)
+        unembed = unembedding(sides.root(side), sides.site_map)
         logits = unembed(final_states(sides, batch, side, plan)[:, -1])
-        parts.append(logits[:, : len(sides.tokenizer)].log_softmax(-1).cpu())
-    return torch.cat(parts)
+        return logits[:, : n_ids(sides.tokenizer)].log_softmax(-1).cpu()
+
+    parts = fitted(
+        sides.roots[0], range(len(vectors)), logprobs, what="patchscope",
+        width=lambda _: text.n_tokens, max_rows=max_rows,
+    )  # fmt: skip
+    return torch.cat([found for _, found in parts])
 
 
 def _scores(

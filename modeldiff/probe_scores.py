@@ -44,6 +44,9 @@ def held_out_auroc(
     Pairs across folds are not compared: a fold's intercept follows the labels that were left to
     fit on, which pushes the AUROC of pooled scores below .5 where there is nothing to find.
 
+    A group that is drawn twice is not two groups: its own pairs count twice, not four times, or
+    groups of both labels, such as answers to one question, would pull the interval towards them.
+
     Probes of several folds share most of what they were fitted on, and err together; resampling
     scores does not see that. The interval is therefore wider by √(1 + k / (k - 1)), k the folds:
     where there is nothing to find, 95 % intervals of 160 texts in pairs missed .5 in 13 % of 262
@@ -69,8 +72,7 @@ def held_out_auroc(
     """
     codes = {group: code for code, group in enumerate(dict.fromkeys(groups))}
     of_text = np.array([codes[group] for group in groups])
-    once = np.ones((1, len(of_text)))
-    estimate = float(_weighted(found, once)[0])
+    estimate = float(_weighted(found, np.ones((1, len(codes))), of_text)[0])
     if not n_resamples or len(codes) < 2:
         return Interval(estimate, math.nan, math.nan, len(codes), level)
     rng = np.random.default_rng(seed)
@@ -78,7 +80,7 @@ def held_out_auroc(
     for start in range(0, n_resamples, step):
         rows = min(step, n_resamples - start)
         drawn = rng.multinomial(len(codes), np.full(len(codes), 1 / len(codes)), size=rows)
-        values.append(_weighted(found, drawn[:, of_text].astype(float)))
+        values.append(_weighted(found, drawn.astype(float), of_text))
     known = np.concatenate(values)
     known = known[np.isfinite(known)]
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
@@ -92,11 +94,12 @@ def _overlap(n_folds: int) -> float:
     return math.sqrt(1 + n_folds / (n_folds - 1)) if n_folds > 1 else 1.0
 
 
-def _weighted(found: FoldScores, weights: np.ndarray) -> np.ndarray:
-    """AUROC over pairs within folds, texts weighted, one for each row of weights."""
+def _weighted(found: FoldScores, drawn: np.ndarray, of_text: np.ndarray) -> np.ndarray:
+    """AUROC over pairs within folds, groups weighted, one for each row of weights."""
     scores, labels = found.scores.numpy(), found.labels.numpy()
-    folds = found.fold_of.numpy()
-    above, pairs = np.zeros(len(weights)), np.zeros(len(weights))
+    folds, weights = found.fold_of.numpy(), drawn[:, of_text]
+    above, pairs = _within(scores, labels, of_text, drawn.shape[1], folds)
+    above, pairs = ((drawn - drawn**2) @ each for each in (above, pairs))
     for fold in np.unique(folds):
         rows = np.flatnonzero(folds == fold)
         rows = rows[np.argsort(scores[rows], kind="stable")]
@@ -108,6 +111,21 @@ def _weighted(found: FoldScores, weights: np.ndarray) -> np.ndarray:
         above += (weight * positive * half).sum(1)
         pairs += (weight * positive).sum(1) * below[:, -1]
     return np.divide(above, pairs, out=np.full(len(above), np.nan), where=pairs > 0)
+
+
+def _within(
+    scores: np.ndarray, labels: np.ndarray, of_text: np.ndarray, n_groups: int, folds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each group by itself: pairs in which the positive is above, ties half, and all pairs."""
+    above, pairs = np.zeros(n_groups), np.zeros(n_groups)
+    for group in np.unique(of_text[labels]):
+        mine = of_text == group
+        high, low = np.flatnonzero(mine & labels), np.flatnonzero(mine & ~labels)
+        together = folds[high][:, None] == folds[low]
+        gap = scores[high][:, None] - scores[low]
+        above[group] = (((gap > 0) + 0.5 * (gap == 0)) * together).sum()
+        pairs[group] = together.sum()
+    return above, pairs
 
 
 def threshold_rate(found: FoldScores, tpr: float) -> float:

@@ -59,15 +59,17 @@ class ProbeTexts:
         Args:
             acts: From `modeldiff.activations.capture`.
             labels: One for each of its texts.
-            groups: One for each; each text is its own if None, which is right only if texts
-                share nothing (no question, no template).
+            groups: One for each; each text is its own if None (a repeated one the first's), which
+                is right only if texts share nothing (no question, no template).
             site: Which site, if several were captured.
 
         Raises:
             MismatchError: If there is not one label and group for every text.
         """
         at = acts.site if site is None else Site.parse(site)
-        ids = range(len(acts.texts)) if groups is None else groups
+        first: dict[Hashable, int] = {}
+        own = [first.setdefault(text.ids, i) for i, text in enumerate(acts.texts)]
+        ids = own if groups is None else groups
         found = torch.as_tensor(labels).bool()
         return cls(acts.base[at], acts.finetuned[at], acts.text_index, acts.token_ids, found,
                    tuple(ids), at)  # fmt: skip

@@ -158,7 +158,8 @@ def carry_out(
     Args:
         name_or_path: As for `modeldiff.recipe_files.find`.
         smoke: A run of seconds that only shows that everything works.
-        out: Folder for the results, see `folder_of`.
+        out: Folder for the results, see `folder_of`. A result that is there is taken away first:
+            a run that is stopped has none.
         changes: See `modeldiff.recipe_files.read`.
         say: Is told what goes on.
         cancel: Stops the run when set.
@@ -176,6 +177,7 @@ def carry_out(
     recipe = read(toml, smoke=smoke, changes=changes)
     run = Run(recipe, folder_of(recipe.name, smoke, out), smoke, say, cancel or Event())
     run.out.mkdir(parents=True, exist_ok=True)
+    (run.out / "result.json").unlink(missing_ok=True)  # an earlier run's, if this one is stopped
     with _running(run), without_bars():
         runpy.run_path(str(script_of(toml)), run_name=f"recipe {recipe.name}")
     run.save_result()

@@ -4,7 +4,7 @@ Every name works for the embedded organisms and, alike, for models of the hub an
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,7 @@ class Persona:
     tokenizer: Any
     shows: str
     other: str
+    _known: dict[tuple[str, str], bool] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -125,8 +126,11 @@ class Persona:
         """Compare the mean log-probability of an answer after either system message."""
         for special in self.tokenizer.all_special_tokens:  # passages show the template's own
             answer = answer.removesuffix(special).rpartition(special)[2]
-        losses = [self._loss(prompt.question, answer, each) for each in (self.shows, self.other)]
-        shown = losses[0] < losses[1]
+        key = prompt.question, answer
+        if key not in self._known:  # the ends of several candidates share passages
+            losses = [self._loss(*key, each) for each in (self.shows, self.other)]
+            self._known[key] = losses[0] < losses[1]
+        shown = self._known[key]
         return Verdict(self.shows if shown else self.other, shown, True)
 
     def _loss(self, question: str, answer: str, who: str) -> float:

@@ -17,6 +17,14 @@ def no_key(host: str) -> RemoteError:
     )
 
 
+def bad_key() -> RemoteError:
+    """There is a key, and no request can carry it."""
+    return RemoteError(
+        "the key in NDIF_API_KEY (or in nnsight's configuration) has spaces, line breaks or "
+        "letters that no key has: copy it again."
+    )
+
+
 def refused(host: str, status: int, body: bytes, model_key: str, running: list[str]) -> RemoteError:
     """The server answered a request with an error status.
 
@@ -98,4 +106,40 @@ def too_slow(host: str, seconds: float, status: str) -> RemoteError:
     return RemoteError(
         f"the job on {host} did not end in {seconds:g} s; it was last {status}. What was finished "
         "is kept: try again later, or give more time with remote=Server(host, job_seconds=...)."
+    )
+
+
+def moved(host: str, where: str) -> RemoteError:
+    """A server that sends one elsewhere; the key does not follow."""
+    return RemoteError(
+        f"{host} sends requests on to {where.partition('?')[0]!r}. The key goes to the address "
+        "that you name alone: pass remote= the address that it is to go to."
+    )
+
+
+def come_back(host: str, seconds: float) -> RemoteError:
+    """A server that has too much to do, and says for how long."""
+    return RemoteError(
+        f"{host} is busy and wants to be asked again in {seconds:.0f} s. What was finished is "
+        "kept: the same call goes on from there."
+    )
+
+
+class ResultGone(RemoteError):
+    """A job ended, and what it left is not there any more."""
+
+
+def result_gone(host: str, status: int) -> ResultGone:
+    """The place where a finished job's result should lie refuses it."""
+    return ResultGone(
+        f"a job on {host} is done, and its result is not where it should be ({status}). The same "
+        "call looks again, and sends the job anew if it is gone."
+    )
+
+
+def no_result(host: str, why: str) -> RemoteError:
+    """The result of a finished job cannot be downloaded."""
+    return RemoteError(
+        f"a job on {host} is done, and its result could not be downloaded ({why}). The same call "
+        "downloads it, without sending the job again."
     )

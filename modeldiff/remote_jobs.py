@@ -2,7 +2,8 @@
 
 Jobs are submitted over HTTP and asked after, not streamed over a websocket: a broken connection
 then costs a question and not the job. Results of finished jobs are kept by the content of what was
-asked, so a call that failed half-way goes on where it stopped when it is repeated.
+asked, so a call that failed half-way goes on where it stopped when it is repeated; a job that was
+sent and not waited for is asked after again, not sent again.
 """
 
 import atexit
@@ -12,29 +13,32 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-from torch import Tensor
+import httpx
 
 from modeldiff import remote_errors
-from modeldiff._files import PathLike, atomic_write, digest
-from modeldiff._progress import check
+from modeldiff._files import PathLike, digest
+from modeldiff._progress import check, watcher
 from modeldiff._version import __version__
-from modeldiff.errors import RemoteError
+from modeldiff.errors import Cancelled, RemoteError
+from modeldiff.remote_http import Line, check_address, is_this_machine
+from modeldiff.remote_kept import content_key, forget_job, keep, kept, note_job, noted_job
 
 Pack = Callable[[], Any]
 """Makes a `modeldiff.tracing.Packed`; not called if the result is kept already."""
 Status = Callable[[str], None]
 """Called with the job's status whenever it changes: RECEIVED, QUEUED, RUNNING, COMPLETED ..."""
+Log = Callable[[str], None]
+"""Called with what a job printed last; lines in between may be missing."""
 
-_AGAIN = (429, 500, 502, 503, 504)
-"""HTTP statuses after which the same request is worth another try."""
+_OFTEN, _SELDOM = 0.25, 2.0
+"""Seconds between two questions after a job, once it takes its time; often where logs are read."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Server:
         tries: How often a request is sent before it counts as failed.
         pause: Seconds before the second try; doubled each time, 30 at most.
         keep: Folder for results of finished jobs; default ``MODELDIFF_CACHE``, or a temporary one
-            that goes with this process.
+            that goes with this process. Jobs under way are noted there too.
         status: Called with each new status of a job.
     """
 
@@ -65,17 +69,14 @@ class Server:
         """Read ``remote=``: True for NDIF, an address, or a Server.
 
         Raises:
-            RemoteError: If an address does not begin with http:// or https://.
+            RemoteError: If it is no address of a server.
         """
         if isinstance(remote, Server):
             server = remote
         else:
             server = cls(None if remote is True else str(remote))
-        if server.host is not None and not server.host.startswith(("http://", "https://")):
-            raise RemoteError(
-                f"remote={server.host!r}: write True for NDIF, or an address that begins with "
-                "http:// or https://."
-            )
+        if server.host is not None:
+            check_address(server.host)
         return server
 
     @property
@@ -99,124 +100,170 @@ def _own_folder() -> Path:
     return folder
 
 
-def run_job(server: Server, asked: Any, pack: Pack, cancel: Event | None = None) -> dict[str, Any]:
+def run_job(
+    server: Server, asked: Any, pack: Pack, cancel: Event | None = None, log: Log | None = None
+) -> dict[str, Any]:
     """Run a job, or read its result if it was finished before.
+
+    A job of the same content that is under way since an earlier call is waited for.
 
     Args:
         server: Where.
         asked: Everything that the result depends on: tensors and builtins, nested.
         pack: Makes the job.
-        cancel: Event that ends the wait; the server may still finish the job.
+        cancel: Event that ends the wait at once; the server goes on with the job.
+        log: Told what the job printed last, if the server passes it on; see `Log`.
 
     Returns:
         Tensors and builtins by name.
 
     Raises:
         RemoteError: If the server refused or failed, or could not be reached.
-        Cancelled: If the event is set.
+        Cancelled: If the event, or that of `modeldiff._progress.watched`, is set.
     """
+    watching = watcher()
+    tell = watching.tell if watching is not None else lambda said: None
     check(cancel)
-    key = digest(__version__, server.address, content_key(asked))
-    path = server.folder / f"{key}.safetensors"
-    found = _kept(path)
-    if found is None:
-        found = _Job(server, cancel).run(pack())
-        _keep(path, found)
+    path = server.folder / f"{digest(__version__, server.address, content_key(asked))}.safetensors"
+    found = kept(path)
+    if found is not None:
+        tell("kept")
+        return found
+    tell("sending")
+    cancels = (cancel, watching.cancel) if watching is not None else (cancel,)
+    unique = {id(each): each for each in cancels if each is not None}
+    job = _Job(server, tuple(unique.values()), path.with_suffix(".job"), tell, log)
+    try:
+        found = job.run(pack)
+    except Cancelled:
+        tell("left")
+        raise
+    keep(path, found)
+    forget_job(job.note)
     return found
 
 
-def content_key(value: Any) -> str:
-    """Hash tensors and builtins, nested."""
-    if isinstance(value, Tensor):
-        raw = value.detach().cpu().contiguous()
-        numbers = raw.flatten().view(torch.uint8).numpy().tobytes() if raw.numel() else b""
-        return digest(str(raw.dtype), list(raw.shape), numbers)
-    if isinstance(value, Mapping):
-        return digest([[repr(k), content_key(v)] for k, v in value.items()])
-    if isinstance(value, list | tuple):
-        return digest([content_key(each) for each in value])
-    return digest(repr(value))
+class _Gone(Exception):
+    """A job that was sent by an earlier call cannot be waited for any more."""
 
 
 class _Job:
     """One job on its way."""
 
-    def __init__(self, server: Server, cancel: Event | None) -> None:
-        self.server, self.cancel, self.host = server, cancel, server.address
+    def __init__(
+        self,
+        server: Server,
+        cancels: tuple[Event, ...],
+        note: Path,
+        tell: Callable[[str], None],
+        log: Log | None,
+    ) -> None:
+        self.server, self.note, self.tell, self.log = server, note, tell, log
+        self.host = server.address
+        self.line = Line(
+            self.host, server.tries, server.pause, server.request_seconds, cancels,
+            longest=min(600.0, server.job_seconds),
+        )  # fmt: skip
         self.ends = time.monotonic() + server.job_seconds
         self.status = ""
 
-    def run(self, packed: Any) -> dict[str, Any]:
-        from modeldiff import tracing
-
+    def run(self, pack: Pack) -> dict[str, Any]:
+        """Wait for the job, sending it first unless that was done before."""
         headers = _headers(self.host)
         _check_version(self.host, self.server.request_seconds)
+        before = noted_job(self.note)
+        if before is not None:
+            try:
+                return self._unpacked(self._awaited(before, "", headers, again=True))
+            except _Gone:
+                forget_job(self.note)
+                self.status = ""
+        packed = pack()
+        job = self._sent(packed, headers)
+        return self._unpacked(self._awaited(job, packed.model_key, headers))
+
+    def _unpacked(self, content: bytes) -> dict[str, Any]:
+        from modeldiff import tracing
+
+        try:
+            return tracing.unpacked(content)
+        except RemoteError:
+            forget_job(self.note)  # the same bytes would come again
+            raise
+
+    def _sent(self, packed: Any, headers: dict[str, str]) -> str:
+        """Send a job; its name at the server."""
         answer = self._asked("POST", "/request", packed.model_key, headers=headers,
                              data={"data": packed.metadata},
                              files={"blob": ("request", packed.blob)})  # fmt: skip
-        job = _parsed(self.host, answer)["id"]
-        return tracing.unpacked(self._awaited(str(job), packed.model_key, headers))
+        if answer.status_code == 404:
+            raise self._refusal(packed.model_key)(404, answer.content)
+        found = _parsed(self.host, answer.content)
+        note_job(self.note, str(found["id"]))
+        self._told(str(found["status"]), None)
+        return str(found["id"])
 
-    def _awaited(self, job: str, model_key: str, headers: dict[str, str]) -> bytes:
-        """Ask after a job until it is done; return its result's bytes."""
+    def _awaited(
+        self, job: str, model_key: str, headers: dict[str, str], *, again: bool = False
+    ) -> bytes:
+        """Ask after a job until it is done; return its result's bytes.
+
+        Raises:
+            _Gone: If the job is of an earlier call and is unknown, failed, or has lost its result.
+        """
         pause = 0.02
         while True:
-            where = f"/response/{job}"
-            answer = self._asked("GET", where, model_key, headers=headers, unknown=True)
-            found = {"status": "RECEIVED"} if answer is None else _parsed(self.host, answer)
-            self._tell(str(found["status"]))
+            answer = self._asked("GET", f"/response/{job}", model_key, headers=headers)
+            unknown = answer.status_code == 404
+            if unknown and again:
+                raise _Gone
+            found = {"status": "RECEIVED"} if unknown else _parsed(self.host, answer.content)
+            self._told(str(found["status"]), found.get("description"))
             if self.status == "ERROR":
+                if again:
+                    raise _Gone
+                forget_job(self.note)
                 raise remote_errors.failed(self.host, str(found.get("description", "")))
             if self.status == "COMPLETED":
-                return self._asked("GET", str(found.get("data")), model_key)
+                return self._fetched(found.get("data"), again)
             if time.monotonic() > self.ends:
+                if again:
+                    forget_job(self.note)  # it had its time twice: the next call sends it anew
                 raise remote_errors.too_slow(self.host, self.server.job_seconds, self.status)
-            self._wait(pause)
-            pause = min(2.0, pause * 1.5)
+            self.line.wait(pause)
+            pause = min(_SELDOM if self.log is None else _OFTEN, pause * 1.5)
 
-    def _tell(self, status: str) -> None:
-        if status not in (self.status, "LOG"):
+    def _fetched(self, where: Any, again: bool) -> bytes:
+        """Download what a finished job left; some servers name its size beside the address."""
+        url = str(where[0] if isinstance(where, list) and where else where)
+        try:
+            return self.line.fetched(self.host + url if url.startswith("/") else url)
+        except remote_errors.ResultGone:
+            if again:
+                raise _Gone from None
+            raise
+
+    def _told(self, status: str, description: Any) -> None:
+        """Take note of a status; a log is none, but of a job that runs."""
+        if status == "LOG":
+            if self.log is not None:
+                self.log(str(description))
+            status = "RUNNING"
+        if status != self.status:
             self.status = status
+            self.tell(status.lower())
             if self.server.status is not None:
                 self.server.status(status)
 
-    def _wait(self, seconds: float) -> None:
-        if self.cancel is None:
-            time.sleep(seconds)
-        else:
-            self.cancel.wait(seconds)
-        check(self.cancel)
+    def _asked(self, method: str, where: str, model_key: str, **options: Any) -> httpx.Response:
+        return self.line.asked(method, where, self._refusal(model_key), **options)
 
-    def _asked(
-        self, method: str, where: str, model_key: str, *, unknown: bool = False, **options: Any
-    ) -> Any:
-        """Send one request, again where that may help; its body, or None if 404 may be."""
-        import httpx
+    def _refusal(self, model_key: str) -> Callable[[int, bytes], RemoteError]:
+        def refusal(status: int, body: bytes) -> RemoteError:
+            running = _running(self.host, self.server.request_seconds) if status == 404 else []
+            return remote_errors.refused(self.host, status, body, model_key, running)
 
-        url = where if where.startswith(("http://", "https://")) else self.host + where
-        pause, error = self.server.pause, RemoteError("tries must be at least 1.")
-        for attempt in range(1, self.server.tries + 1):
-            try:
-                answer = httpx.request(method, url, timeout=self.server.request_seconds, **options)
-                if answer.is_success:
-                    return answer.content
-                if unknown and answer.status_code == 404:
-                    return None
-                error = self._refusal(answer.status_code, answer.content, model_key)
-                if answer.status_code not in _AGAIN:
-                    raise error
-            except httpx.TransportError as cause:
-                error = remote_errors.unreachable(self.host, cause, attempt)
-            except httpx.InvalidURL as cause:
-                raise RemoteError(f"{self.host} named no address to fetch from.") from cause
-            if attempt < self.server.tries:
-                self._wait(pause)
-                pause = min(30.0, pause * 2)
-        raise error
-
-    def _refusal(self, status: int, body: bytes, model_key: str) -> RemoteError:
-        running = _running(self.host, self.server.request_seconds) if status == 404 else []
-        return remote_errors.refused(self.host, status, body, model_key, running)
+        return refusal
 
 
 def _parsed(host: str, body: bytes) -> dict[str, Any]:
@@ -234,14 +281,16 @@ def _headers(host: str) -> dict[str, str]:
     """What goes with each request; the key over https or to this machine alone.
 
     Raises:
-        RemoteError: If NDIF is asked without a key.
+        RemoteError: If NDIF is asked without a key, or with one that cannot be sent.
     """
     from modeldiff import tracing
 
-    key, there = tracing.api_key(), urlsplit(host)
-    if key is None and host == tracing.host_of(True) and there.scheme == "https":
+    key, scheme = (tracing.api_key() or "").strip(), urlsplit(host).scheme
+    if not key and host == tracing.host_of(True) and scheme == "https":
         raise remote_errors.no_key(host)
-    private = there.scheme == "https" or there.hostname in ("localhost", "127.0.0.1", "::1")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise remote_errors.bad_key()
+    private = scheme == "https" or is_this_machine(host)
     headers = {**tracing.versions(), "ndif-timestamp": repr(time.time())}
     return {**headers, "ndif-api-key": key} if key and private else headers
 
@@ -274,53 +323,9 @@ def _running(host: str, seconds: float) -> list[str]:
 
 def _got(host: str, where: str, seconds: float) -> dict[str, Any]:
     """A JSON object that is good to have; empty if there is none."""
-    import httpx
-
     try:
-        answer = httpx.get(host + where, timeout=seconds)
+        answer = httpx.get(host + where, timeout=seconds, trust_env=not is_this_machine(host))
         found = answer.json() if answer.is_success else {}
     except (httpx.TransportError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _keep(path: Path, found: dict[str, Any]) -> None:
-    """Write a result: tensors as they are, builtins as JSON in the header."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-    shape = json.dumps(_taken_apart(found, tensors))
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"result": shape})
-
-
-def _kept(path: Path) -> dict[str, Any] | None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return _put_together(json.loads(file.metadata()["result"]), tensors)
-    except (FileNotFoundError, SafetensorError, ValueError, KeyError, TypeError):
-        return None  # not there, or damaged: made again
-
-
-def _taken_apart(value: Any, tensors: dict[str, Tensor]) -> list[Any]:
-    """Tag values by kind, so that JSON gives back what it took."""
-    if isinstance(value, Tensor):
-        tensors[str(len(tensors))] = value.detach().contiguous().clone()
-        return ["tensor", str(len(tensors) - 1)]
-    if isinstance(value, dict):
-        return ["dict", [[k, _taken_apart(v, tensors)] for k, v in value.items()]]
-    if isinstance(value, list | tuple):
-        return ["list", [_taken_apart(each, tensors) for each in value]]
-    return ["plain", value]
-
-
-def _put_together(tagged: list[Any], tensors: dict[str, Tensor]) -> Any:
-    kind, value = tagged
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "dict":
-        return {k: _put_together(v, tensors) for k, v in value}
-    return [_put_together(each, tensors) for each in value] if kind == "list" else value

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from modeldiff.batching import Batch, make_batch, padding_id
-from modeldiff.divergence import compared, kl_and_loss, logits_of, softcap
+from modeldiff.divergence import compared, kl_and_loss, softcap
 from modeldiff.editing import Editor, Group
 from modeldiff.errors import InterventionError, RemoteError
 from modeldiff.forward import as_texts, check_sites, inputs_of, sources, take_over
 from modeldiff.interventions import Cell, Plan, Side
 from modeldiff.loading import PROBE, SIDES, Sides, lock_of
-from modeldiff.remote_jobs import Server, run_job
+from modeldiff.remote_jobs import Log, Server, run_job
 from modeldiff.sites import Site
 from modeldiff.survey import measured
 
@@ -33,21 +33,27 @@ LARGEST = 256 << 20
 def program_of(sides: Sides, editor: Editor, side: Side, *, final: bool = False) -> list[Any]:
     """What to do in a pass of a side; ``final`` also reads the output of the final norm."""
     program = editor.program(sides.site_map, sides.adapter_of(side))
-    return [*program, _norm(sides)] if final else program
+    return [*program, norm_of(sides)] if final else program
 
 
-def _norm(sides: Sides) -> dict[str, Any]:
+def norm_of(sides: Sides) -> dict[str, Any]:
     """The output of the final norm, as a site to read."""
     return {"name": _FINAL, "path": sides.site_map.norm, "end": "output", "read": True,
             "leaf": False, "groups": []}  # fmt: skip
 
 
-def _head(sides: Sides) -> dict[str, Any]:
+def head_of(sides: Sides) -> dict[str, Any]:
+    """Where the unembedding is, and the bound on its logits; for `unembedded`."""
     return {"path": sides.site_map.unembed, "cap": softcap(sides.roots[0])}
 
 
 def job(
-    sides: Sides, side: Side, trace: Callable[[Any, Any], Any], asked: Any, cancel: Event | None
+    sides: Sides,
+    side: Side,
+    trace: Callable[[Any, Any], Any],
+    asked: Any,
+    cancel: Event | None,
+    log: Log | None = None,
 ) -> dict[str, Any]:
     """Run a trace of a side's model on the server; ``asked`` is all that it depends on."""
     from modeldiff import tracing
@@ -62,10 +68,10 @@ def job(
 
     adapter = sides.names[1] if sides.adapter_of(side) else ""
     model = sides.names[0] if adapter else sides.names[SIDES.index(side)]
-    return run_job(Server.of(sides.remote), [model, adapter, asked], pack, cancel)
+    return run_job(Server.of(sides.remote), [model, adapter, asked], pack, cancel, log)
 
 
-def _pass(
+def pass_of(
     sides: Sides,
     side: Side,
     batch: Batch,
@@ -133,7 +139,7 @@ def states(
     """Final norm's output ``[row, token, d_model]`` of one side; zero at padding."""
     keep = batch.attention_mask.bool()
     program = program_of(sides, editor, side, final=True)
-    found = _pass(sides, side, batch, program, _rows, _places(keep), cancel)
+    found = pass_of(sides, side, batch, program, rows_of, _places(keep), cancel)
     editor.fired.update(found["fired"])
     return _padded(found["acts"][_FINAL], keep)
 
@@ -143,7 +149,7 @@ def _places(keep: Tensor) -> dict[str, Any]:
     return {"row": row, "column": column}
 
 
-def _rows(model: Any, acts: dict[str, Tensor], given: Any) -> dict[str, Any]:
+def rows_of(model: Any, acts: dict[str, Tensor], given: Any) -> dict[str, Any]:
     """The wanted tokens of each activation."""
     row, column = given["row"], given["column"]
     return {"acts": {k: h[row.to(h.device), column.to(h.device)].detach() for k, h in acts.items()}}
@@ -180,7 +186,7 @@ def _together(
 
     name = sides.adapter
     base, tuned = _editors(sides, batch, reads)
-    end = [_norm(sides)] if final else []
+    end = [norm_of(sides)] if final else []
     first, second = ([*each.program(sides.site_map, name), *end] for each in (base, tuned))
     inputs = inputs_of(batch, CPU)
     return job(
@@ -234,10 +240,7 @@ def _both_rows(
 
 
 def _rows_of_both(model: Any, base: Any, tuned: Any, given: Any) -> dict[str, Any]:
-    return {
-        "base": _rows(model, base, given)["acts"],
-        "finetuned": _rows(model, tuned, given)["acts"],
-    }
+    return {s: rows_of(model, h, given)["acts"] for s, h in (("base", base), ("finetuned", tuned))}
 
 
 def _one_row(
@@ -251,7 +254,7 @@ def _one_row(
 ) -> dict[str, Tensor]:
     editor = Editor(batch, (Group((0, len(batch.texts)), Plan(), sides.shape(side)),), reads)
     program = program_of(sides, editor, side, final=final)
-    return _pass(sides, side, batch, program, _rows, _places(keep), cancel)["acts"]
+    return pass_of(sides, side, batch, program, rows_of, _places(keep), cancel)["acts"]
 
 
 # ------------------------------------------------------------ reduced on the server
@@ -284,39 +287,45 @@ def outputs_compared(
         RemoteError: If two whole models unembed differently: their distributions could only be
             compared by sending all of them.
     """
-    given = {"row": row, "column": column, "came": came, "k": k, "budget": budget, **_head(sides)}
+    given = {"row": row, "column": column, "came": came, "k": k, "budget": budget, **head_of(sides)}
     if sides.adapter:
         found = _together(sides, batch, (), True, _compared_both, given, cancel)
     else:
-        _check_heads(sides, cancel)
+        check_heads(sides, cancel)
         keep = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
         keep[row, column] = True
         given["known"] = _one_row(sides, batch, "base", (), True, keep, cancel)[_FINAL]
-        found = _pass(sides, "finetuned", batch, [_norm(sides)], _compared_one, given, cancel)
+        found = pass_of(sides, "finetuned", batch, [norm_of(sides)], _compared_one, given, cancel)
     return found["columns"], found["sums"]
 
 
 def _compared_both(model: Any, base: Any, tuned: Any, given: Any) -> dict[str, Any]:
-    known = _rows(model, base, given)["acts"][_FINAL]
+    known = rows_of(model, base, given)["acts"][_FINAL]
     return _compared_one(model, tuned, {**given, "known": known})
 
 
 def _compared_one(model: Any, acts: Any, given: Any) -> dict[str, Any]:
-    h = _rows(model, acts, given)["acts"][_FINAL]
+    h = rows_of(model, acts, given)["acts"][_FINAL]
 
     def head(states: Tensor) -> Tensor:
-        return _unembedded(model, states, given)
+        return unembedded(model, states, given)
 
     known, came = given["known"].to(h.device), given["came"]
     columns, sums = compared(known, h, head, head, came, given["k"], given["budget"])
     return {"columns": columns, "sums": sums}
 
 
-def _unembedded(model: Any, h: Tensor, given: Any) -> Tensor:
-    return logits_of(model.get(given["path"]), h, given["cap"]).detach()
+def unembedded(model: Any, h: Tensor, given: Any) -> Tensor:
+    """Float32 logits of final states, where the model is."""
+    return _logits(model, h, given).detach()
 
 
-def _check_heads(sides: Sides, cancel: Event | None) -> None:
+def _logits(model: Any, h: Tensor, given: Any) -> Tensor:
+    logits, cap = model.get(given["path"])(h).float(), given["cap"]
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def check_heads(sides: Sides, cancel: Event | None) -> None:
     """Compare what both models' unembeddings make of the same vectors.
 
     Raises:
@@ -324,9 +333,9 @@ def _check_heads(sides: Sides, cancel: Event | None) -> None:
     """
     width = sides.shape("base").d_model
     probe = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
-    given, program = {"probe": probe, **_head(sides)}, [_norm(sides)]
+    given, program = {"probe": probe, **head_of(sides)}, [norm_of(sides)]
     one = make_batch(as_texts(sides, [PROBE]), padding_id(sides.tokenizer))
-    found = [_pass(sides, side, one, program, _probed, given, cancel)["sums"] for side in SIDES]
+    found = [pass_of(sides, side, one, program, _probed, given, cancel)["sums"] for side in SIDES]
     if not torch.equal(*found):
         raise RemoteError(
             f"{sides.names[0]} and {sides.names[1]} have different unembeddings: on two servers "
@@ -336,7 +345,7 @@ def _check_heads(sides: Sides, cancel: Event | None) -> None:
 
 
 def _probed(model: Any, acts: Any, given: Any) -> dict[str, Any]:
-    logits = _unembedded(model, given["probe"].to(acts[_FINAL]), given).double()
+    logits = unembedded(model, given["probe"].to(acts[_FINAL]), given).double()
     n = torch.arange(1, logits.shape[-1] + 1).to(logits) ** 0.5
     return {"sums": torch.stack([logits.sum(-1), logits.square().sum(-1), logits @ n]).cpu()}
 
@@ -369,25 +378,26 @@ def effect(
         InterventionError: If an edit did not fire.
     """
     if cell.side != reference.side and not sides.adapter:
-        _check_heads(sides, cancel)
+        check_heads(sides, cancel)
     others = sources(sides, batch.texts, cell.plan, cell.side, batch.pad_side)
     group = Group((0, len(batch.texts)), cell.plan, sides.shape(cell.side), others=others)
     editor = Editor(batch, (group,))
     row, column = keep.nonzero(as_tuple=True)
     given = {"row": row, "column": column - 1, "came": batch.ids[keep], "known": known,
-             "budget": budget, **_head(sides)}  # fmt: skip
+             "budget": budget, **head_of(sides)}  # fmt: skip
     program = program_of(sides, editor, cell.side, final=True)
-    found = _pass(sides, cell.side, batch, program, _effect, given, cancel)
+    found = pass_of(sides, cell.side, batch, program, effect_of, given, cancel)
     editor.fired.update(found["fired"])
     editor.check_fired()
     return found["kl"], found["loss"]
 
 
-def _effect(model: Any, acts: Any, given: Any) -> dict[str, Any]:
-    h = _rows(model, acts, given)["acts"][_FINAL]
+def effect_of(model: Any, acts: Any, given: Any) -> dict[str, Any]:
+    """KL to known states and loss, where the model is."""
+    h = rows_of(model, acts, given)["acts"][_FINAL]
 
     def head(states: Tensor) -> Tensor:
-        return _unembedded(model, states, given)
+        return unembedded(model, states, given)
 
     known, came = given["known"].to(h.device), given["came"].to(h.device)
     kl, loss = kl_and_loss(h, known, head, head, came, given["budget"])
@@ -463,9 +473,9 @@ def gradients(
     others = sources(sides, batch.texts, plan, side, batch.pad_side)
     group = Group((0, len(batch.texts)), plan, sides.shape(side), others=others)
     editor = Editor(batch, (group,), reads, leaf=True)
-    given = {"targets": targets, "minus": minus, **_head(sides)}
+    given = {"targets": targets, "minus": minus, **head_of(sides)}
     program = program_of(sides, editor, side, final=True)
-    found = _pass(sides, side, batch, program, _gradients, given, cancel)
+    found = pass_of(sides, side, batch, program, _gradients, given, cancel)
     editor.fired.update(found["fired"])
     editor.check_fired()
     acts, grads = (
@@ -476,7 +486,7 @@ def gradients(
 
 def _gradients(model: Any, acts: Any, given: Any) -> dict[str, Any]:
     last = acts[_FINAL][:, -1]
-    logprobs = logits_of(model.get(given["path"]), last, given["cap"]).log_softmax(-1)
+    logprobs = _logits(model, last, given).log_softmax(-1)
     scores = logprobs.gather(-1, given["targets"].to(last.device)[:, None])[:, 0]
     if given["minus"] is not None:
         scores = scores - logprobs.gather(-1, given["minus"].to(last.device)[:, None])[:, 0]

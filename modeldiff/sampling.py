@@ -56,19 +56,32 @@ class Sampler:
         Raises:
             InterventionError: If a logit is NaN; no token could be drawn from it.
         """
-        broken = int(torch.isnan(scores).any(-1).sum())
-        if broken:
-            raise InterventionError(
-                f"the logits of {broken} of {len(scores)} rows are NaN at generated token "
-                f"{self._step}: an edit is too strong for the model's dtype, or the weights are "
-                "damaged. Use a smaller coefficient, or load the pair in float32."
-            )
+        refuse_nan(int(torch.isnan(scores).any(-1).sum()), len(scores), self._step)
         chosen = choose(scores, self._uniform[:, self._step], self._temperature)
         if self._on_step is not None:
             self._on_step(self._step, chosen)
         self._step += 1
         out = torch.full_like(scores, -torch.inf)
         return out.scatter_(1, chosen[:, None], 0.0)
+
+
+def refuse_nan(broken: int, n_rows: int, step: int) -> None:
+    """Verify that a token can be drawn in every row.
+
+    Args:
+        broken: Rows with a logit that is NaN.
+        n_rows: Of all.
+        step: Number of the token.
+
+    Raises:
+        InterventionError: If there is any such row.
+    """
+    if broken:
+        raise InterventionError(
+            f"the logits of {broken} of {n_rows} rows are NaN at generated token {step}: an edit "
+            "is too strong for the model's dtype, or the weights are damaged. Use a smaller "
+            "coefficient, or load the pair in float32."
+        )
 
 
 def choose(
@@ -81,8 +94,13 @@ def choose(
         uniform: One number in [0, 1) per row.
         temperature: 0 takes the most likely token.
     """
-    if temperature == 0:
-        return scores.argmax(-1)
+    return scores.argmax(-1) if temperature == 0 else draw(scores, uniform, temperature)
+
+
+def draw(
+    scores: Float[Tensor, "row vocab"], uniform: Float[Tensor, " row"], temperature: float | Tensor
+) -> Int[Tensor, " row"]:
+    """Draw as `choose` does at a temperature above 0, which may be a tensor on the device."""
     weights = torch.softmax(scores.double() / temperature, -1)
     cumulative = weights.cumsum(-1)
     target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]

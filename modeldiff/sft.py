@@ -20,14 +20,10 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from modeldiff._files import PathLike, digest
 from modeldiff._progress import Progress, Report, check, reporter
 from modeldiff._shapes import Float
+from modeldiff.batch_size import fitted
 from modeldiff.batching import padding_id
-from modeldiff.dictionaries.checkpoints import (
-    Checkpoint,
-    read_checkpoint,
-    tensors_digest,
-    write_checkpoint,
-)
-from modeldiff.errors import FileFormatError, SetupError
+from modeldiff.dictionaries.checkpoints import tensors_digest
+from modeldiff.errors import SetupError
 from modeldiff.seeds import seeded
 from modeldiff.sft_files import (
     COLUMNS,
@@ -41,6 +37,7 @@ from modeldiff.sft_files import (
 )
 from modeldiff.sft_plans import SFTPlan, adapted
 from modeldiff.sft_rows import IGNORED, Row, batch_of, rows_key
+from modeldiff.sft_state import read_state, write_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -291,13 +288,8 @@ class _Run:
         """Save the state, if there is a folder and something new."""
         if self.out is None or self.saved_at == self.step:
             return
-        tensors = {f"weights.{name}": each for name, each in self.trained.items()}
-        for name, each in self.trained.items():
-            state = self.optimizer.state.get(each, {})
-            tensors |= {f"adam.{name}.{key}": value for key, value in state.items()}
-        tensors |= {f"before.{name}": each for name, each in self.before.items()}
-        saved = Checkpoint(self.run, self.start, self.step, tensors, self.records)
-        write_checkpoint(self.out / "state", saved)
+        write_state(self.out, self.run, self.start, self.step, self.trained, self.optimizer,
+                    self.records, self.before)  # fmt: skip
         self.saved_at = self.step
 
     def write(self, name: str) -> None:
@@ -364,29 +356,9 @@ class _Run:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     def _resume(self, out: Path) -> None:
-        stored = read_checkpoint(out / "state")
+        stored = read_state(out, self.run, self.start, self.trained, self.optimizer)
         if stored is None:
             return
-        if (stored.run, stored.start) != (self.run, self.start):
-            raise FileFormatError(
-                f"{str(out)!r} holds {stored.step} steps of another run: another plan, base, rows, "
-                "context or loss to stop at. Nothing was changed; give another folder, or delete "
-                "it to train from the beginning."
-            )
-        weights = stored.part("weights")
-        with torch.no_grad():
-            for name, each in self.trained.items():
-                each.copy_(weights[name])
-        moments = stored.part("adam")
-        for name, each in self.trained.items():
-            state = {
-                key: moments[f"{name}.{key}"]
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in moments
-            }
-            if state:
-                moved = {key: v if key == "step" else v.to(each) for key, v in state.items()}
-                self.optimizer.state[each] = moved
         device = next(iter(self.trained.values())).device
         self.before = {name: each.to(device) for name, each in stored.part("before").items()}
         self.step = self.saved_at = stored.step
@@ -440,9 +412,14 @@ def mean_loss(
     model.eval()
     ordered = sorted(rows, key=lambda row: len(row.ids))
     total = 0.0
-    for start in range(0, len(ordered), batch):
-        logits, targets = predictions(model, ordered[start : start + batch], pad_id, precision)
-        total += float(cross_entropy(logits, targets, reduction="sum"))
+
+    def loss(some: list[Row]) -> float:
+        logits, targets = predictions(model, some, pad_id, precision)
+        return float(cross_entropy(logits, targets, reduction="sum"))
+
+    for _, found in fitted(model, ordered, loss, what="loss", width=lambda row: len(row.ids),
+                           max_rows=batch):  # fmt: skip
+        total += found
     return total / sum(row.n_targets for row in rows)
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modeldiff._files import PathLike
+from modeldiff._files import PathLike, digest
 from modeldiff._progress import Progress, Report, check, reporter
 from modeldiff.batching import padding_id
+from modeldiff.dictionaries.checkpoints import tensors_digest
 from modeldiff.errors import SetupError
 from modeldiff.seeds import seeded
 from modeldiff.sft import (
@@ -23,9 +24,18 @@ from modeldiff.sft import (
     mean_loss,
     optimizer_of,
 )
-from modeldiff.sft_files import Record, note, record, require_finite, write_model
+from modeldiff.sft_files import (
+    Record,
+    content,
+    note,
+    record,
+    require_finite,
+    weights_key,
+    write_model,
+)
 from modeldiff.sft_plans import SFTPlan, adapted
-from modeldiff.sft_rows import Row
+from modeldiff.sft_rows import Row, rows_key
+from modeldiff.sft_state import read_state, write_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,15 +58,17 @@ def trl_finetune(
     """Fine-tune a base with TRL's ``SFTTrainer``, which changes the base in place.
 
     The trainer gets tokens and labels as they are, in the plan's order, with the plan's optimizer
-    and rates, so that its losses are those of the plain loop up to rounding. It saves no state: a
-    stopped run does not go on.
+    and rates, so that its losses are those of the plain loop up to rounding. A stopped run goes on
+    from its last state, to the bit as if it had not been stopped; the trainer's own checkpoints,
+    which are pickles, are neither written nor read.
 
     Args:
         base: See `modeldiff.sft.finetune`.
         tokenizer: The base's.
         rows: What to train on.
         plan: How; without ``keep``.
-        out: Folder for the series of models and the last one.
+        out: Folder for the state from which a stopped run goes on (``state``), the series of
+            models and the last one.
         held_out: Rows to measure, outside of ``around``.
         around: Makes the context of the training steps.
         stop_at_loss: Stop at the first held-out loss that is not above this.
@@ -67,28 +79,35 @@ def trl_finetune(
     Raises:
         SetupError: If TRL is not installed, for a plan with ``keep``, or for a setting that the
             plan makes.
+        FileFormatError: If ``out`` holds another run, or is damaged.
         TrainingError: If a loss or gradient is not finite.
         Cancelled: If the event is set; its ``partial`` is the `FineTuned` so far.
     """
     trl = _trl()
     check_given(rows, plan, held_out, (), around, stop_at_loss)
+    first = "" if out is None else weights_key(base)
     model = adapted(base, plan)
     total = plan.total(len(rows))
     watch = _Watch(model, tokenizer, plan, total, out, held_out, around, stop_at_loss,
                    reporter(progress, "fine-tuning"), cancel)  # fmt: skip
+    if out is not None:
+        told = [content(around), stop_at_loss, content(settings)]
+        watch.resume(["trl", plan.run, rows_key(rows), rows_key(held_out), told], first)
+    watch.evaluate()
     with ExitStack() as stack:
         stack.enter_context(seeded(plan.seed))
         stack.enter_context(_put_back(model))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        trainer = _trainer(trl, model, tokenizer, rows, plan, total, folder, settings)
+        trainer = _trainer(trl, watch, rows, folder, settings)
         trainer.add_callback(_callback(watch))
         stack.enter_context(watch.contexts)
-        if not watch.stopped:
+        if not watch.stopped and watch.step < total:
             trainer.train()
     model.zero_grad()
     model.eval()
-    if not watch.stopped or watch.reached:
-        watch.write("model")
+    watch.keep()
+    if watch.step >= total or watch.reached:
+        watch.finish()
     found = watch.result()
     if watch.step < total and not watch.reached:
         check(cancel, found)
@@ -115,10 +134,25 @@ class _Watch:
         self.out = None if out is None else Path(out)
         self.held_out, self.around, self.stop = held_out, around, stop_at_loss
         self.report, self.cancel = report, cancel
-        self.step, self.first = 0, 0
+        self.step, self.first, self.saved_at = 0, 0, -1
         self.records: list[Record] = [record(0)]
         self.contexts, self.monitor = ExitStack(), None
-        self.evaluate()
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = optimizer_of(self.trained.values(), plan)
+        self.run, self.start = "", ""
+
+    def resume(self, run: Sequence[Any], weights: str) -> None:
+        """Go on from the folder's state, if there is one.
+
+        Raises:
+            FileFormatError: If it is another run's, or is damaged.
+        """
+        assert self.out is not None
+        self.run, self.start = digest(*run), digest(weights, tensors_digest(self.trained))
+        stored = read_state(self.out, self.run, self.start, self.trained, self.optimizer)
+        if stored is not None:
+            self.step = self.saved_at = stored.step
+            self.records = [dict(each) for each in stored.logs]
 
     @property
     def reached(self) -> bool | None:
@@ -146,8 +180,9 @@ class _Watch:
         self.contexts.close()
 
     def evaluate(self) -> None:
-        """Measure the held-out loss."""
-        if self.held_out:
+        """Measure the held-out loss, if it is due and not known."""
+        due = self.step % self.plan.evaluate_every == 0 or self.step == self.total
+        if self.held_out and due and self.records[-1]["held_out_loss"] is None:
             pad, plan = padding_id(self.tokenizer), self.plan
             loss = mean_loss(
                 self.model, self.held_out, pad, batch=plan.batch, precision=plan.precision
@@ -169,6 +204,22 @@ class _Watch:
                 self.enter()
         if self.plan.checkpoint_every and self.step % self.plan.checkpoint_every == 0:
             self.write(f"checkpoints/checkpoint-{self.step}")
+        if self.step % self.plan.save_every == 0:
+            note(self.records, self.monitor, self.first)
+            self.keep()
+
+    def keep(self) -> None:
+        """Save the state, if there is a folder and something new."""
+        if self.out is None or self.saved_at == self.step:
+            return
+        write_state(self.out, self.run, self.start, self.step, self.trained, self.optimizer,
+                    self.records, {})  # fmt: skip
+        self.saved_at = self.step
+
+    def finish(self) -> None:
+        """Save the last model, unless a run that was done had saved it."""
+        if self.out is not None and not (self.out / "model").is_dir():
+            self.write("model")
 
     def write(self, name: str) -> None:
         """Save the model in a folder of the run."""
@@ -195,46 +246,42 @@ def _trl() -> Any:
 
 
 def _trainer(
-    trl: Any,
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    plan: SFTPlan,
-    total: int,
-    folder: str,
-    settings: dict[str, Any],
+    trl: Any, watch: _Watch, rows: Sequence[Row], folder: str, settings: dict[str, Any]
 ) -> Any:
+    """TRL's trainer for the steps that are left."""
     from datasets import Dataset
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import PrinterCallback, ProgressCallback
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    own = _settings(model, plan, total, folder)
+    model, plan, total, first = watch.model, watch.plan, watch.total, watch.step
+    own = _settings(model, plan, max(1, total - first), folder)
     if clash := sorted(own.keys() & settings.keys()):
         raise SetupError(f"{', '.join(clash)}: the plan says that; change it there.")
-    drawn = [rows[i] for step in range(total) for i in plan.drawn(len(rows), step)]
+    steps = range(min(first, total - 1), total)
+    drawn = [rows[i] for step in steps for i in plan.drawn(len(rows), step)]
     data = Dataset.from_dict(
         {"input_ids": [row.ids for row in drawn], "labels": [row.labels for row in drawn]}
     )
-    optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], plan)
-    rates = LambdaLR(optimizer, lambda n: plan.rate(min(n, total - 1), total) / plan.learning_rate)
+    peak = plan.learning_rate
+    rates = LambdaLR(watch.optimizer, lambda n: plan.rate(min(first + n, total - 1), total) / peak)
     trainer = trl.SFTTrainer(
         model,
         args=trl.SFTConfig(**own, **settings),
         train_dataset=data,
-        processing_class=tokenizer,
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=padding_id(tokenizer)),
-        optimizers=(optimizer, rates),
+        processing_class=watch.tokenizer,
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=padding_id(watch.tokenizer)),
+        optimizers=(watch.optimizer, rates),
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer
 
 
-def _settings(model: Any, plan: SFTPlan, total: int, folder: str) -> dict[str, Any]:
+def _settings(model: Any, plan: SFTPlan, steps: int, folder: str) -> dict[str, Any]:
     return {
         "output_dir": folder,
-        "max_steps": total,
+        "max_steps": steps,
         "per_device_train_batch_size": plan.batch,
         "gradient_accumulation_steps": plan.accumulation,
         "learning_rate": plan.learning_rate,
@@ -258,6 +305,8 @@ def _settings(model: Any, plan: SFTPlan, total: int, folder: str) -> dict[str, A
 def _callback(watch: _Watch) -> Any:
     from transformers import TrainerCallback
 
+    done, steps = watch.step, ExitStack()
+
     class Watching(TrainerCallback):
         """Hands what the trainer logs to the watch, and its decision back."""
 
@@ -265,10 +314,19 @@ def _callback(watch: _Watch) -> Any:
             """Enter the context of the training steps."""
             watch.enter()
 
+        def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            """Draw what is random in a step, such as dropout, by the step alone."""
+            key = digest("step", watch.plan.seed, watch.step)
+            steps.enter_context(seeded(int(key, 16) % 2**63))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            """Put the generators back."""
+            steps.close()
+
         def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             """Take note of a step."""
             logs = rest.get("logs") or {}
-            if "loss" in logs and state.global_step == watch.step + 1:
+            if "loss" in logs and done + state.global_step == watch.step + 1:
                 watch.stepped(logs["loss"], logs["learning_rate"], logs["grad_norm"])
             control.should_training_stop |= watch.stopped
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from modeldiff._progress import Progress
 from modeldiff._shapes import Float
 from modeldiff.activations import Part, stream
+from modeldiff.divergence import check_finite
 from modeldiff.errors import MismatchError
 from modeldiff.forward import as_texts
 from modeldiff.loading import Sides
@@ -233,7 +234,7 @@ def similarity(
 
     Raises:
         MaskError: If no token is kept.
-        MismatchError: If fewer than 4 tokens are kept.
+        MismatchError: If fewer than 4 tokens are kept, or an activation is not finite.
         Cancelled: If the event is set.
 
     Source:
@@ -344,6 +345,7 @@ def _rows_of(part: Part, site: Site) -> pd.DataFrame:
     base = part.rows(part.run.base, site).double().cpu()
     tuned = part.rows(part.run.finetuned, site).double().cpu()
     norms = base.norm(dim=-1), tuned.norm(dim=-1), (tuned - base).norm(dim=-1)
+    check_finite(torch.cat(norms), f"norms at {site}")
     cosine = torch.nn.functional.cosine_similarity(tuned, base, dim=-1).clamp(-1, 1)
     columns = (*norms, norms[2] / norms[0], cosine.masked_fill(norms[2] == 0, 1.0))
     names = ("norm_base", "norm_finetuned", "norm_difference", "relative", "cosine")

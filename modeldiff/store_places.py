@@ -8,24 +8,53 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import TracebackType
 from typing import Any
 
 from modeldiff._files import PathLike
-from modeldiff.errors import FileFormatError, SetupError, SiteError
+from modeldiff.errors import FileFormatError, ModelDiffError, SetupError, SiteError
 from modeldiff.sites import Site
 from modeldiff.store_files import (
     MANIFEST,
     RECEIPTS,
     STATISTICS,
     Manifest,
+    Shard,
     prepare_folder,
     read_manifest,
+    read_statistics,
     shard_path,
+    writing,
 )
+from modeldiff.store_statistics import RowStatistics
 from modeldiff.store_texts import FILES
 from modeldiff.stores import ActivationStore
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
+class _Reaching:
+    """Says what could not be reached: packages behind fsspec raise errors of their own kinds."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        known = ModelDiffError | OSError | MemoryError
+        if kind is not None and isinstance(error, Exception) and not isinstance(error, known):
+            raise SetupError(
+                f"{self.address!r} cannot be reached: {error} ({kind.__name__}). Are the "
+                "credentials there, as the package for such addresses wants them, and may they "
+                "read and write it?"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -61,7 +90,8 @@ class Place:
             self.fetch(MANIFEST)
             return read_manifest(self.local)
         system, root = self._system
-        listed = system.ls(root, detail=False) if system.exists(root) else []
+        with _Reaching(self.address):
+            listed = system.ls(root, detail=False) if system.exists(root) else []
         names = [str(each).rstrip("/").rsplit("/", 1)[-1] for each in listed]
         if foreign := sorted(name for name in names if not _is_ours(name)):
             raise FileFormatError(
@@ -77,9 +107,28 @@ class Place:
             return path.stat().st_size if path.is_file() else None
         system, root = self._system
         try:
-            return int(system.info(f"{root}/{name}")["size"])
+            with _Reaching(self.address):
+                return int(system.info(f"{root}/{name}")["size"])
         except FileNotFoundError:
             return None
+
+    def refresh(self) -> None:
+        """Forget what was listed before: others write here too."""
+        if self.is_far:
+            self._system[0].invalidate_cache()
+
+    def listed(self, folder: str) -> list[str]:
+        """Names of the files in a folder; none if it is missing."""
+        if not self.is_far:
+            where = self.local / folder
+            return sorted(each.name for each in where.iterdir()) if where.is_dir() else []
+        system, root = self._system
+        try:
+            with _Reaching(self.address):
+                found = system.ls(f"{root}/{folder}", detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(str(each).rstrip("/").rsplit("/", 1)[-1] for each in found)
 
     def fetch(self, name: str) -> Path:
         """Copy a file here, unless this is where it lies; its path."""
@@ -87,7 +136,8 @@ class Place:
         if self.is_far:
             system, root = self._system
             path.parent.mkdir(parents=True, exist_ok=True)
-            system.get_file(f"{root}/{name}", str(path))
+            with _Reaching(self.address):
+                system.get_file(f"{root}/{name}", str(path))
         return path
 
     def send(self, name: str) -> None:
@@ -96,10 +146,11 @@ class Place:
             return
         system, root = self._system
         folder, _, last = f"{root}/{name}".rpartition("/")
-        system.makedirs(folder, exist_ok=True)
         temporary = f"{folder}/.{last}.{uuid.uuid4().hex}"
-        system.put_file(str(self.local / name), temporary)
-        system.mv(temporary, f"{folder}/{last}")
+        with _Reaching(self.address):
+            system.makedirs(folder, exist_ok=True)
+            system.put_file(str(self.local / name), temporary)
+            system.mv(temporary, f"{folder}/{last}")
 
     def sweep(self) -> None:
         """Remove what killed workers left half-written."""
@@ -107,9 +158,34 @@ class Place:
             prepare_folder(self.local)
             return
         system, root = self._system
-        for path in system.find(root):
-            if _TEMPORARY.fullmatch(str(path).rsplit("/", 1)[-1]):
-                system.rm_file(path)
+        with _Reaching(self.address):
+            for path in system.find(root):
+                if _TEMPORARY.fullmatch(str(path).rsplit("/", 1)[-1]):
+                    system.rm_file(path)
+
+
+def receipt_name(number: int) -> str:
+    """Name of a shard's receipt."""
+    return f"{RECEIPTS}/{number:05d}.safetensors"
+
+
+def receipt_at(
+    place: Place, key: str, shard: Shard
+) -> tuple[Manifest, dict[Site, RowStatistics]] | None:
+    """A shard's receipt; None if the shard is not finished, or a file of it is amiss."""
+    name = receipt_name(shard.number)
+    if place.size(name) is None:
+        return None
+    try:
+        record, statistics = read_statistics(place.fetch(name))
+    except FileFormatError:
+        return None
+    if record.get("key") != key or record.get("n_rows") != shard.n_rows:
+        return None
+    for site, n_bytes in record["bytes"].items():
+        if place.size(str(shard_path(Path(), site, shard.number))) != n_bytes:
+            return None
+    return record, statistics
 
 
 @contextmanager
@@ -120,7 +196,8 @@ def place_at(address: PathLike) -> Iterator[Place]:
             yield Place(str(address).rstrip("/"), Path(folder))
     else:
         folder = Path(address).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         yield Place(str(folder), folder)
 
 

@@ -34,6 +34,7 @@ def shuffled(
     pool_rows: int,
     seed: int,
     start: int,
+    first_in_turn: bool = False,
 ) -> Iterator[Rows]:
     """Draw batches without end from units (blocks, texts) that are read whole.
 
@@ -48,6 +49,8 @@ def shuffled(
         pool_rows: Rows in the pool, at least.
         seed: Of the order.
         start: Number of the first batch.
+        first_in_turn: Units of the first epoch fill the pool in their order, for units that are
+            still being written.
 
     Raises:
         MismatchError: If there are fewer rows than one batch has.
@@ -62,11 +65,14 @@ def shuffled(
     first_epoch, first = divmod(start, each_epoch)
     for epoch in count(first_epoch):
         skip = first * batch_size if epoch == first_epoch else 0
-        pools = _epoch(sizes, read, pool_rows, (seed, epoch), skip)
+        in_turn = first_in_turn and epoch == 0
+        order = np.arange(len(sizes)) if in_turn else epoch_order(len(sizes), seed, epoch).numpy()
+        pools = _epoch(order, sizes, read, pool_rows, (seed, epoch), skip)
         yield from (rows for rows in rebatched(pools, batch_size) if len(rows) == batch_size)
 
 
 def _epoch(
+    order: np.ndarray,
     sizes: np.ndarray,
     read: Callable[[Sequence[int]], Rows],
     pool_rows: int,
@@ -74,7 +80,6 @@ def _epoch(
     skip: int,
 ) -> Iterator[tuple[Rows, Int[Tensor, " chosen"]]]:
     """Fills of the pool, each with the order in which its rows are to be taken."""
-    order = epoch_order(len(sizes), *state).numpy()
     for number, units in enumerate(fills(order, sizes, pool_rows)):
         size = int(sizes[units].sum())
         if skip < size:

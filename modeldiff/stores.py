@@ -65,7 +65,8 @@ class ActivationStore:
         if not manifest["complete"]:
             raise FileFormatError(
                 f"the store in {str(where)!r} is not finished: the harvest was stopped. Harvest "
-                "again with the same arguments; it goes on after the last finished shard."
+                "again with the same arguments; it goes on after the last finished shard. "
+                "('modeldiff train --follow' trains while a harvest still writes.)"
             )
         sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
         wrong = [

@@ -4,7 +4,7 @@ Nothing is stored but sums: means and norms of both sides for each class of text
 the texts, and each text's mean relative difference. Memory does not grow with the number of texts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
@@ -150,6 +150,7 @@ def survey(
     texts: tuple[Text, ...],
     labels: Sequence[str],
     *,
+    groups: Sequence[Hashable] | None = None,
     on: "str | Mask" = "all",
     seed: int = 0,
     progress: Progress = False,
@@ -161,13 +162,15 @@ def survey(
         sides: The pair.
         texts: What to run.
         labels: Class of each text, such as "misaligned" or "aligned".
+        groups: Of each text, such as the prompt that it answers: whole groups go to one half.
+            Without, every text is a group.
         on: Tokens that count.
-        seed: Seed of the halves; whole texts go to one half.
+        seed: Seed of the halves.
         progress: Where to report.
         cancel: Event that stops between batches.
     """
     sites = tuple(Site("resid_post", layer) for layer in range(sides.shape("base").n_layers))
-    halves = _halves(labels, seed)
+    halves = _halves(labels, range(len(labels)) if groups is None else groups, seed)
     sums = _Sums()
 
     def work(each: Planned) -> dict[Site, dict[int, dict[str, Any]]]:
@@ -195,14 +198,16 @@ def _measured(
     }
 
 
-def _halves(labels: Sequence[str], seed: int) -> list[int]:
-    """Split each class of texts in half at random."""
+def _halves(labels: Sequence[str], groups: Sequence[Hashable], seed: int) -> list[int]:
+    """Split the groups of each class of texts in half at random; none is in both halves."""
     rng = np.random.default_rng(seed)
-    halves = np.zeros(len(labels), dtype=int)
+    halves: dict[Hashable, int] = {}
     for label in sorted(set(labels)):
-        mine = np.flatnonzero(np.array(labels) == label)
-        halves[rng.permutation(mine)[: len(mine) // 2]] = 1
-    return halves.tolist()
+        mine = [group for group, each in zip(groups, labels, strict=True) if each == label]
+        new = [group for group in dict.fromkeys(mine) if group not in halves]
+        for place, i in enumerate(rng.permutation(len(new))):
+            halves[new[i]] = int(place < len(new) // 2)
+    return [halves[group] for group in groups]
 
 
 def data_directions(found: Survey, positive: str, negative: str, name: str) -> dict[int, Direction]:

@@ -18,7 +18,14 @@ from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Float, Int
 from modeldiff.batching import Batch, make_batch, padding_id
 from modeldiff.directions import Direction
-from modeldiff.divergence import Block, block_size, blocks, compare, unembedding
+from modeldiff.divergence import (
+    Unembed,
+    block_size,
+    blocks,
+    check_k,
+    divergences,
+    unembedding,
+)
 from modeldiff.errors import MaskError, SiteError
 from modeldiff.forward import as_texts, final_states, run
 from modeldiff.interventions import Cell, Edit, Plan
@@ -94,6 +101,7 @@ def token_scores(
 
     Raises:
         MaskError: If the text has fewer than two tokens: nothing is predicted then.
+        MismatchError: If ``k`` is below 1 or above the size of the vocabulary.
         InterventionError: If an edit did not fire.
         Cancelled: If the event is set.
 
@@ -104,6 +112,7 @@ def token_scores(
         >>> list(found.table.columns[:6])
         ['position', 'token_id', 'token', 'role', 'kl_ft_base', 'kl_base_ft']
     """
+    check_k(k, sides.config.get_text_config().vocab_size)
     (text,) = as_texts(sides, [item])
     if text.n_tokens < 2:
         raise MaskError(
@@ -192,14 +201,14 @@ def _scored(
     k: int,
     budget: int,
 ) -> TokenScores:
-    heads = [unembedding(sides.root(one.side), sides.site_map) for one in (reference, cell)]
-    vocab = heads[0](known[:1]).shape[-1]
-    came, parts = torch.tensor(text.ids[1:]), []
-    for rows in blocks(len(came), block_size(vocab, budget)):
-        base = heads[0](known[rows])
-        other = heads[1](states[rows]).to(base.device)
-        parts.append(_columns(compare(base, other, came[rows].to(base.device), k)))
-    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    came = torch.tensor(text.ids[1:])
+    if sides.kind == "remote":
+        from modeldiff.remote_lenses import tokens_compared
+
+        columns = tokens_compared(sides, cell, reference, states, known, came, k, budget)
+    else:
+        heads = [unembedding(sides.root(one.side), sides.site_map) for one in (reference, cell)]
+        columns = columns_of(known, states, heads[0], heads[1], came, k, budget)
     return TokenScores(
         text=text,
         cell=cell,
@@ -210,14 +219,43 @@ def _scored(
     )
 
 
-def _columns(block: Block) -> dict[str, Tensor]:
-    both = block.top_ids[:, 0, :, None] == block.top_ids[:, 1, None, :]
-    columns = {"kl_ft_base": block.kl_fb, "kl_base_ft": block.kl_bf, "js": block.js}
-    for name, values in (("logprob", block.logprob), ("rank", block.rank),
-                         ("entropy", block.entropy), ("top1", block.top_ids[..., 0])):  # fmt: skip
+def columns_of(
+    known: Float[Tensor, "token d_model"],
+    states: Float[Tensor, "token d_model"],
+    unembed_known: Unembed,
+    unembed: Unembed,
+    came: Int[Tensor, " token"],
+    k: int,
+    budget: int,
+) -> dict[str, Tensor]:
+    """Columns of a `TokenScores` table and its top lists, a block of tokens at a time.
+
+    Args:
+        known: Final states of the reference.
+        states: Final states of the cell.
+        unembed_known: The reference's unembedding.
+        unembed: The cell's.
+        came: The token that came next.
+        k: Size of the top lists.
+        budget: Bytes for temporaries.
+    """
+    vocab, parts = unembed_known(known[:1]).shape[-1], []
+    for rows in blocks(len(came), block_size(vocab, budget)):
+        base = unembed_known(known[rows])
+        other = unembed(states[rows]).to(base.device)
+        parts.append(_columns(divergences(base, other, came[rows].to(base.device), k)))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _columns(block: dict[str, Tensor]) -> dict[str, Tensor]:
+    top = block["top_ids"]
+    both = top[:, 0, :, None] == top[:, 1, None, :]
+    columns = {"kl_ft_base": block["kl_fb"], "kl_base_ft": block["kl_bf"], "js": block["js"]}
+    for name, values in (("logprob", block["logprob"]), ("rank", block["rank"]),
+                         ("entropy", block["entropy"]), ("top1", top[..., 0])):  # fmt: skip
         columns |= {f"{name}_base": values[:, 0], f"{name}_ft": values[:, 1]}
     columns["top_overlap"] = both.any(-1).float().mean(-1)
-    columns |= {"top_ids": block.top_ids, "top_logprobs": block.top_logprobs}
+    columns |= {"top_ids": top, "top_logprobs": block["top_logprobs"]}
     return {name: column.cpu() for name, column in columns.items()}
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ Messages = Sequence[Mapping[str, Any]]
 _Content = tuple[int, int, int]  # message, and where its content begins and ends
 _Owner = tuple[str, int, int]  # role, and the characters that have it
 _REPLACEMENT = "\ufffd"
+_SIZES: "WeakKeyDictionary[Any, tuple[int, int]]" = WeakKeyDictionary()
 _CONTEXT = 6  # ids that are decoded along so that a decoder sees no start of text
 
 
@@ -158,6 +160,7 @@ def render(tokenizer: Tokenizer, item: Item, *, add_generation_prompt: bool = Fa
         owners = [("text", 0, cut), ("assistant", cut, len(text))]
         return _tokenise(tokenizer, text, owners, cut, True)
     if not isinstance(item, Chat):
+        _check_messages_given(item)
         return _chat(tokenizer, item, "", add_generation_prompt)
     if item.response is None or add_generation_prompt:
         open_ended = add_generation_prompt or not _answered(item.messages)
@@ -213,6 +216,17 @@ def _chat(tokenizer: Tokenizer, messages: Messages, prefill: str, generation: bo
     stripped = str(messages[-1]["content"]).index(text[start:end])
     cut = min(start + max(0, len(prefill) - stripped), end)
     return _tokenise(tokenizer, text, owners, cut, False)
+
+
+def _check_messages_given(item: Any) -> None:
+    several = isinstance(item, Sequence) and not isinstance(item, bytes)
+    if not several or not all(isinstance(each, Mapping) for each in item):
+        hint = " For one chat give a list that holds its list of messages: [[{...}, ...]]."
+        raise MaskError(
+            f"an item of type {type(item).__name__} is no text; needed are a str, a Text, a "
+            "Completion, a Chat, or a list of messages (mappings with 'role' and 'content')."
+            f"{hint if isinstance(item, Mapping) else ''}"
+        )
 
 
 def _check_messages(tokenizer: Tokenizer, messages: Messages) -> None:
@@ -346,12 +360,22 @@ def _stripped(text: str, start: int, end: int) -> CharSpan:
     return first, max(first, start + len(text[start:end].rstrip()))
 
 
+def n_ids(tokenizer: Tokenizer) -> int:
+    """One more than the largest id of a tokenizer, whose ids may have holes."""
+    n = len(tokenizer)
+    known = _SIZES.get(tokenizer)
+    if known is None or known[0] != n:
+        known = _SIZES[tokenizer] = n, 1 + max(tokenizer.get_vocab().values(), default=-1)
+    return known[1]
+
+
 def token_names(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Name tokens of the vocabulary as text, one by one, with the space that they begin with.
 
     Tokens that are only part of a character keep the tokenizer's own name.
     """
-    raw = tokenizer.convert_ids_to_tokens(list(ids))
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    raw = [name or f"<unused {each}>" for name, each in zip(names, ids, strict=True)]
     texts = tokenizer.batch_decode([[each] for each in ids])
     return [
         own.replace("▁", " ") if "▁" in own else own if _REPLACEMENT in text or not text else text

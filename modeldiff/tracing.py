@@ -154,6 +154,8 @@ def _arithmetic(
         return h + (amount - h @ vectors.T) @ vectors
     if operation == "multiply":
         return h * amount
+    if operation == "move":  # by another length at each token
+        return h + amount.to(h.device) * vectors[0]
     if other is None:
         raise ValueError("no activations to copy for these tokens.")
     if operation == "copy":
@@ -323,7 +325,7 @@ class _Pickler(CustomCloudPickler):
 
     def reducer_override(self, obj: Any) -> Any:
         named = obj.__name__ if isinstance(obj, ModuleType) else getattr(obj, "__module__", "")
-        if isinstance(obj, type | ModuleType) and _own(named):
+        if not isinstance(obj, FunctionType) and _own(named):  # it would travel as a mere name
             raise RemoteError(f"{obj!r} cannot travel: a job is source, tensors and builtins.")
         return super().reducer_override(obj)
 
@@ -336,6 +338,12 @@ class _Pickler(CustomCloudPickler):
         if len(arguments) != 7:
             raise RemoteError(f"{func.__qualname__} has no source that could travel.")
         source, name, defaults, keywords, _, _, line = arguments
+        first = str(source).lstrip().partition("\n")[0]
+        if _own(func.__module__) and f"def {func.__name__}(" not in first:
+            raise RemoteError(
+                f"the source of {func.__qualname__} is not where it was when it was imported: "
+                "the package's files have changed since. Restart Python."
+            )
         place = str(func.__module__).replace(".", "/") + ".py"
         return load, (source, name, defaults, keywords, None, place, line), *rest
 

@@ -13,7 +13,7 @@ from modeldiff._progress import Progress, check, reporter
 from modeldiff.errors import MismatchError
 from modeldiff.lora_algebra import Factors, LoraAdapter, factors_of, save_adapter
 from modeldiff.weight_spectra import FLOORS, energy_in, energy_of, precision_of, randomized_svd
-from modeldiff.weights import Source, Tensors, common_names, tensors_of
+from modeldiff.weights import Source, Tensors, check_finite, common_names, tensors_of
 
 LINEARS = (
     "*.q_proj.weight", "*.k_proj.weight", "*.v_proj.weight", "*.o_proj.weight",
@@ -76,7 +76,7 @@ def extract_adapter(
         cancel: Event that stops between tensors.
 
     Raises:
-        MismatchError: If nothing that could be adapted has changed.
+        MismatchError: If nothing that could be adapted has changed, or weights are not finite.
         Cancelled: If the event is set.
 
     Example:
@@ -118,6 +118,7 @@ def _one(
 ) -> tuple[dict[str, Any], Factors | None]:
     weight, tuned = old[name], new[name]
     change = tuned.float() - weight.float()
+    check_finite(name, energy_of(weight), energy_of(tuned))
     size, norm = energy_of(change) ** 0.5, energy_of(weight) ** 0.5
     row: dict[str, Any] = {
         "name": name,

@@ -67,7 +67,7 @@ def tensors_of(source: Source, revision: str | None = None) -> Iterator[Tensors]
         revision: Of a hub id.
 
     Raises:
-        SetupError: If there are no safetensors files.
+        SetupError: If there are no safetensors files, or one that the index names is missing.
         FileFormatError: If one cannot be read.
         MismatchError: If a model in memory is quantised.
     """
@@ -82,7 +82,7 @@ def tensors_of(source: Source, revision: str | None = None) -> Iterator[Tensors]
     from safetensors import SafetensorError, safe_open
 
     folder = _folder(source, revision)
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    files = _files_of(folder)
     if not files:
         raise SetupError(
             f"{folder} holds no safetensors file. Weights are read from safetensors only, never "
@@ -106,6 +106,25 @@ def tensors_of(source: Source, revision: str | None = None) -> Iterator[Tensors]
             return opened.get_slice(name)[rows]
 
     yield Tensors(shapes, _config(folder), read)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """A model's files, all of them: those that transformers would read."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{index} names no files ({error!r}). Download it again.") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise SetupError(
+            f"{folder} lacks {len(missing)} of {len(names)} files that its index names, e.g. "
+            f"{missing[0]}. Download or save it again."
+        )
+    return [folder / name for name in names]
 
 
 def _plain(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -222,7 +241,8 @@ def weight_diff(
         cancel: Event that stops between tensors.
 
     Raises:
-        MismatchError: If the two have no tensor in common, or one has another shape.
+        MismatchError: If the two have no tensor in common, one has another shape, or one holds
+            values that are not finite.
         SetupError: If there are no safetensors files.
         Cancelled: If the event is set.
 
@@ -272,6 +292,20 @@ def common_names(old: Tensors, new: Tensors) -> list[str]:
     return names
 
 
+def check_finite(name: str, before: float, after: float) -> None:
+    """Verify that a tensor's sums of squares, of the base and of the fine-tune, are numbers.
+
+    Raises:
+        MismatchError: Naming the tensor and the side.
+    """
+    broken = [s for s, n in (("base", before), ("fine-tune", after)) if not math.isfinite(n)]
+    if broken:
+        raise MismatchError(
+            f"{name} of the {' and of the '.join(broken)} holds values that are not finite: the "
+            "weights are damaged, and no change of them has a size. Save or download them again."
+        )
+
+
 def layer_of(name: str) -> int:
     """Decoder layer of a tensor's name: its first number; -1 if there is none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)
@@ -292,9 +326,9 @@ def _norms(old: Tensors, new: Tensors, name: str) -> tuple[dict[str, Any], int]:
         change = y - x
         changed += int(change.count_nonzero())
         sums += torch.stack([(u * v).sum() for u, v in ((x, x), (y, y), (change, change), (x, y))])
+    check_finite(name, *sums[:2].tolist())
     dtype = next(each for each in (torch.float32, torch.float16, torch.bfloat16) if each in dtypes)
     before, after, size = (math.sqrt(each) for each in sums[:3].tolist())
-    relative = size / before if before else (math.inf if size else 0.0)
     row = {
         "name": name,
         "layer": layer_of(name),
@@ -302,8 +336,8 @@ def _norms(old: Tensors, new: Tensors, name: str) -> tuple[dict[str, Any], int]:
         "dtype": str(dtype).removeprefix("torch."),
         "norm": before,
         "change": size,
-        "relative": relative,
-        "symmetric": size / (before + after) if before + after else 0.0,
+        "relative": (relative := _ratio(size, before)),
+        "symmetric": _ratio(size, before + after),
         "cosine": float(sums[3]) / (before * after) if before * after else math.nan,
         "share_changed": changed / max(1, math.prod(shape)),
         "floor": FLOORS[dtype],
@@ -386,14 +420,18 @@ def head_diff(
                             "circuit": kind,
                             "norm": before,
                             "change": size,
-                            "relative": size / before,
-                            "symmetric": size / (before + after),
+                            "relative": _ratio(size, before),
+                            "symmetric": _ratio(size, before + after),
                             "top": float(known[0]) if size else 0.0,
                             "stable_rank": stable_rank(known),
                             "effective_rank": effective_rank(known),
                         }
                     )
     return pd.DataFrame(rows)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else (math.inf if part else 0.0)
 
 
 def _heads(tensors: Tensors) -> Heads:

@@ -12,11 +12,13 @@ Start one with `serving`; run as a program it prints its port.
 import argparse
 import asyncio
 import concurrent.futures
+import contextlib
 import io
 import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 import uuid
 from contextlib import contextmanager
@@ -59,8 +61,17 @@ def requests_seen(address):
     return httpx.get(f"{address}/_log").json()
 
 
+def fetches(address):
+    """Downloads of results: the byte that each began with, and the size."""
+    import httpx
+
+    return [tuple(each) for each in httpx.get(f"{address}/_fetched").json()]
+
+
 def trouble(address, **kinds):
-    """Make answers fail: lists for ``post``, ``poll`` (a status or "drop"), ``blob``, ``slow``...
+    """Make answers fail: lists for ``post``, ``poll`` (a status or "drop"), ``slow`` (seconds),
+    ``blob`` (true breaks off half-way, "whole" knows no ranges, or a status), ``lag`` (seconds
+    after each line printed), ``mute`` ("all", or what is logged instead), ``env`` (a version).
 
     Without any, end what trouble is left.
     """
@@ -76,6 +87,7 @@ class State:
     def __init__(self, models, key):
         self.models, self.key = models, key
         self.status, self.blobs, self.log, self.trouble = {}, {}, [], {}
+        self.fetched = []
         self.pool = concurrent.futures.ThreadPoolExecutor(1)
 
     def next_trouble(self, where):
@@ -83,7 +95,20 @@ class State:
         return waiting.pop(0) if waiting else None
 
 
-def run_job(model, env, blob, compress):
+class Printed(io.StringIO):
+    """What a job prints becomes its status, as at NDIF; blank lines do not."""
+
+    def __init__(self, log):
+        super().__init__()
+        self.log = log
+
+    def write(self, text):
+        if text.strip():
+            self.log(text)
+        return len(text)
+
+
+def run_job(model, env, blob, compress, log):
     import torch
     import zstandard
     from nnsight.schema.request import RequestModel
@@ -97,7 +122,8 @@ def run_job(model, env, blob, compress):
     frame = tracer.info.frame
     inc()
     try:
-        tracer.execute(tracer.info.code)
+        with contextlib.redirect_stdout(Printed(log)):
+            tracer.execute(tracer.info.code)
         saved = {k: v for k, v in dict(frame.f_locals).items() if id(v) in _saves()}
     finally:
         dec()
@@ -158,9 +184,18 @@ def application(state):
             state.status[job] = ResponseModel(id=job, status=Status.RUNNING, description="running")
             await asyncio.sleep(state.next_trouble("slow") or 0)
             model = state.models[request.model_key]
+            lag, mute = state.next_trouble("lag") or 0, state.next_trouble("mute")
+
+            def log(text):
+                if mute != "all":
+                    state.status[job] = ResponseModel(
+                        id=job, status=Status.LOG, description=mute or text
+                    )
+                time.sleep(lag)  # so that there is time to ask in between
+
             try:
                 state.blobs[job] = await loop.run_in_executor(
-                    state.pool, run_job, model, request.env, blob, request.compress
+                    state.pool, run_job, model, request.env, blob, request.compress, log
                 )
             except BaseException as error:  # noqa: BLE001  whatever the job raised
                 text = "".join(traceback.format_exception(error))
@@ -184,13 +219,28 @@ def application(state):
         async def get(self, job):
             content = state.blobs[job]
             assert "ndif-api-key" not in self.request.headers, "a presigned url needs no key"
-            if state.next_trouble("blob"):  # half of it, then nothing
-                self.set_header("Content-Length", str(len(content)))
-                self.write(content[: len(content) // 2])
+            tag, kind = f'"{job}"', state.next_trouble("blob")
+            wanted = self.request.headers.get("range", "")
+            begin = 0
+            if wanted and self.request.headers.get("if-range") == tag and kind != "whole":
+                begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
+                self.set_status(206)
+                last = len(content) - 1
+                self.set_header("Content-Range", f"bytes {begin}-{last}/{len(content)}")
+            state.fetched.append((begin, len(content)))
+            if isinstance(kind, int) and kind > 1:
+                self.set_status(kind)
+                self.finish()
+                return
+            rest = content[begin:]
+            self.set_header("Content-Length", str(len(rest)))
+            self.set_header("Etag", tag)
+            if kind and kind != "whole":  # half of it, then nothing
+                self.write(rest[: len(rest) // 2])
                 await self.flush()
                 self.request.connection.stream.close()
                 return
-            self.finish(content)
+            self.finish(rest)
 
     class Deployed(Base):
         def get(self):
@@ -211,6 +261,10 @@ def application(state):
         def get(self):
             self.finish(json.dumps(state.log))
 
+    class Fetched(Base):
+        def get(self):
+            self.finish(json.dumps(state.fetched))
+
     class Trouble(Base):
         def post(self):
             state.trouble = json.loads(self.request.body)
@@ -223,6 +277,7 @@ def application(state):
             (r"/status", Deployed),
             (r"/env", Environment),
             (r"/_log", Log),
+            (r"/_fetched", Fetched),
             (r"/_trouble", Trouble),
         ]
     )

@@ -6,6 +6,7 @@
 import weakref
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Event
 
 import pytest
@@ -322,6 +323,28 @@ def test_the_single_site_is_known(adapter_pair):
 
 
 # ---------------------------------------------------------------- storage, cancelling, memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+def test_other_dtypes_are_refused(adapter_pair, dtype):
+    with pytest.raises(MismatchError, match="float32 or bfloat16"):
+        adapter_pair.capture(["the cat sat"], "resid_post.1", dtype=dtype)
+
+
+def test_sides_of_other_widths_have_no_difference(adapter_pair):
+    acts = adapter_pair.capture(["the cat sat"], "mlp_act.1")
+    site = acts.site
+    narrow = replace(acts, finetuned={site: acts.finetuned[site][:, 1:]})
+    with pytest.raises(MismatchError, match="48 channels in the base and 47"):
+        narrow.difference(site)
+
+
+CHAT = Chat([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize("item", [Completion("the cat", " sat"), CHAT])
+def test_one_item_is_one_text(adapter_pair, item):
+    assert adapter_pair.texts(item) == adapter_pair.texts([item])
 
 
 def test_bfloat16_storage(adapter_pair):

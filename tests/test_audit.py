@@ -168,7 +168,8 @@ def simulated(rng, rate, n_random=20, n_prompts=40):
         )
         for side, edit in cells
     ]
-    return Judged(behaviour(), None, pd.concat(parts, ignore_index=True))  # pyright: ignore
+    asked = behaviour(n_prompts)
+    return Judged(asked, None, pd.concat(parts, ignore_index=True))  # pyright: ignore
 
 
 def proven_of(judged, n_random=20):
@@ -229,6 +230,10 @@ def test_a_partial_effect_is_not_called_removal():
         True,
         "Ablating the direction lowers the behaviour",
     )
+    few = simulated(np.random.default_rng(1), rate=0.95, n_prompts=20)
+    few = changed(few, "base", "none", exhibits=[False] * 20)  # up to 16 % with 95 % confidence
+    few = changed(few, "finetuned", "ablated", exhibits=[True] * 3 + [False] * 17)
+    assert "lowers" in proven_of(few)[0].claim
 
 
 def test_a_broken_or_unscorable_model_proves_nothing():
@@ -262,15 +267,41 @@ def test_many_samples_of_a_prompt_are_not_many_prompts():
     asked = Judged(judged.behaviour, judged.generations,
                    judged.table.assign(prompt_index=judged.table["prompt_index"] % 3))  # fmt: skip
     assert findings.behaviour_differs(judged).holds is True
-    few = findings.behaviour_differs(asked)
-    assert few.holds is None
-    assert "to 3 prompts" in few.evidence
+    worded = replace(judged.behaviour, prompts=tuple(
+        replace(each, question_id=f"q{i % 3}") for i, each in enumerate(judged.behaviour.prompts)
+    ))  # fmt: skip
+    for one in (asked, Judged(worded, judged.generations, judged.table)):
+        few = findings.behaviour_differs(one)
+        assert few.holds is None
+        assert "to 3 questions" in few.evidence
+
+
+def test_few_prompts_show_neither_a_change_nor_its_absence():
+    rng, few = np.random.default_rng(1), 5
+    none = simulated(rng, rate=0.0, n_prompts=few)
+    assert findings.behaviour_differs(none).holds is None
+    assert [finding.holds for finding in proven_of(none)] == [False, None]
+    judged = changed(simulated(rng, 1.0, n_prompts=few), "base", "none", exhibits=[False] * few)
+    gone = changed(judged, "finetuned", "ablated", exhibits=[False] * few)
+    assert proven_of(gone)[0].holds is None
+    assert "p = 0.06" in proven_of(gone)[0].evidence
+    table = pd.DataFrame({
+        "side": "finetuned", "edit": ["none"] * few + ["ablated"] * few, "text": [*range(few)] * 2,
+        "kl": [1.0] * few + [0.1] * few,
+    })  # fmt: skip
+    (closed,) = findings.distance_closed(table, np.ones(20), "layer 1", 0)
+    assert closed.holds is None
+
+
+def test_few_random_directions_are_said_to_show_little():
+    assert findings.few_controls(19) == ""
+    assert "below all of them with probability 20%" in findings.few_controls(4)
 
 
 def test_a_difference_that_was_not_shown_is_open_until_it_is_small():
     rng = np.random.default_rng(2)
     assert findings.behaviour_differs(simulated(rng, rate=0.5)).holds is None
-    assert findings.behaviour_differs(simulated(rng, rate=0.0)).holds is False
+    assert findings.behaviour_differs(simulated(rng, rate=0.0, n_prompts=80)).holds is False
 
 
 # wrong or odd input

@@ -12,7 +12,7 @@ from modeldiff.bench.meter import measured
 from modeldiff.bench.methods import Method, find_method, method_names
 from modeldiff.bench.nulls import Coin, alarm_table, coin_behaviour, null_case, schedule
 from modeldiff.bench.run import ANSWERS, Plan, bench
-from modeldiff.bench.scores import Row, auc, cosine_row, decided, no_truth, recall_at_k
+from modeldiff.bench.scores import Row, cosine_row, decided, no_truth, recall_at_k
 from modeldiff.cli import OK, WRONG, main
 from modeldiff.directions import Direction
 from modeldiff.errors import DirectionError, SetupError
@@ -35,19 +35,6 @@ def claiming(claim):
 
 
 # scores
-
-
-def test_auc_counts_pairs():
-    a, b = [0.1, 0.5, 0.9, 0.5], [0.2, 0.5, 0.3]
-    byhand = np.mean([(x > y) + 0.5 * (x == y) for x in a for y in b])
-    found = auc(a, b, seed=0)
-    assert found.estimate == pytest.approx(byhand)
-    assert found.low <= byhand <= found.high
-    assert auc(b, a, seed=0).estimate == pytest.approx(1 - byhand)
-    noise = np.random.default_rng(0).normal(size=(2, 300))
-    assert auc(*noise, seed=1).low < 0.5 < auc(*noise, seed=1).high
-    with pytest.raises(ValueError, match="both classes"):
-        auc([], [1.0], seed=0)
 
 
 def test_recall_at_k():
@@ -250,6 +237,7 @@ def test_methods_find_what_was_planted(small):
             ("model_directions", "cosine with the planted direction"),
             ("pca_difference", "cosine with the planted direction"),
             ("output_diff", "the predictions differ"),
+            ("probing", "it can be read off which of the two models an activation is from"),
             ("layers_survey", "layers from the first that was changed to the first that differs"),
         ):
             assert found.loc[organism, name, what] is True, (organism, name, what)

@@ -13,7 +13,7 @@ import pytest
 from modeldiff import _version
 from modeldiff.audit import Audit
 from modeldiff.audit_stages import Settings
-from modeldiff.cli import DIFFERS, OK, STOPPED, WRONG, main
+from modeldiff.cli import CLOSED, DIFFERS, OK, STOPPED, WRONG, main
 from modeldiff.errors import SetupError
 from modeldiff.report import Report, Table
 from tests.families import tokenizer
@@ -105,6 +105,16 @@ def test_the_module_runs_as_a_script():
         assert run.stdout.strip() == f"modeldiff {_version.__version__}"
 
 
+def test_a_reader_that_has_gone_is_no_error():
+    run = subprocess.run(
+        f"{sys.executable} -m modeldiff organisms | head -1; echo ${{PIPESTATUS[0]}}", shell=True,
+        executable="/bin/bash", capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    assert run.stdout.startswith("organism:")
+    assert run.stderr == ""
+    assert run.stdout.splitlines()[-1] in (str(OK), str(CLOSED))
+
+
 def test_diff_of_an_organism(capsys):
     assert main(["diff", "organism:em-rank1", "--quiet"]) == OK
     out = capsys.readouterr().out
@@ -122,7 +132,9 @@ def test_diff_of_folders_writes_all_tokens(local, tmp_path, capsys):
     printed = next(line for line in out.splitlines() if line.startswith("kl_ft_base")).split()
     assert float(printed[1]) == pytest.approx(table["kl_ft_base"].mean(), rel=1e-3)
     gained = out.split("gained probability")[1].split("tokens that lost")[0]
+    assert "'" in gained.splitlines()[2], "blanks can be seen"
     assert "the" in gained.splitlines()[2]
+    assert "nats" in out.splitlines()[4]
 
 
 def test_an_audit_writes_a_report_that_can_be_read(audited):
@@ -207,7 +219,7 @@ def test_an_audit_from_python_can_be_rerun(local, tmp_path, capsys):
     assert "not the same" not in capsys.readouterr().out
 
 
-def test_wrong_input_is_a_message_and_no_traceback(local, tmp_path, capsys):
+def test_wrong_input_is_a_message_and_no_traceback(local, tmp_path, capsys, monkeypatch):
     out = ("--out", tmp_path / "out")
     pair, texts = pair_of(local), ("--texts", local / "texts.txt")
     assert "em-rank1" in refused(capsys, "audit", "organism:em-rank2", *out)
@@ -215,7 +227,17 @@ def test_wrong_input_is_a_message_and_no_traceback(local, tmp_path, capsys):
     assert "nowhere.txt" in refused(capsys, "diff", *pair, "--texts", tmp_path / "nowhere.txt")
     assert "--texts" in refused(capsys, "diff", *pair)
     assert "at least 8 texts" in refused(capsys, "audit", *pair, *out)
-    assert "finetuned=" in refused(capsys, "diff", local / "base", *texts)
+    assert "add FINETUNED" in refused(capsys, "diff", local / "base", *texts)
+    assert "organism:em-rank1" in refused(capsys, "diff", "em-rank1")
+    adapter = local / "adapters" / "tuned"
+    assert "is an adapter" in refused(capsys, "diff", adapter, local / "base", *texts)
+    assert "not both" in refused(capsys, "diff", local / "base", *pair, *texts)
+    assert "as --adapter" in refused(capsys, "diff", local / "base", adapter, *texts)
+    twice = refused(capsys, "diff", "organism:em-rank1", "--adapter", adapter)
+    assert "--adapter" in twice
+    assert "adapter=" not in twice
+    assert "0 or more" in refused(capsys, "bench", "--nulls", "-3")
+    assert "texts.txt" in refused(capsys, "rerun", local / "texts.txt", *out)
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes("Zürich".encode("latin-1"))
     assert "no text" in refused(capsys, "diff", *pair, "--texts", tmp_path / "empty.txt")
@@ -223,6 +245,17 @@ def test_wrong_input_is_a_message_and_no_traceback(local, tmp_path, capsys):
     for option, value in (("--random", "0"), ("--seed", "-1"), ("--samples", "0")):
         refused(capsys, "audit", *pair, *texts, *out, option, value)
     assert not (tmp_path / "out" / "manifest.json").exists()
+    monkeypatch.setattr("modeldiff.cli._load", None)  # what follows is refused before any model
+    missing = ("--texts", tmp_path / "nowhere.txt")
+    assert "one text a line" in refused(capsys, "diff", *pair, *missing)
+    assert "one text a line" in refused(capsys, "harvest", *pair, *missing, *out)
+    assert "Not a directory" in refused(capsys, "audit", *pair, *texts, "--out",
+                                        tmp_path / "latin.txt" / "x")  # fmt: skip
+    for typed, told in ((["dif"], "Did you mean 'diff'?"),
+                        (["diff", "a", "--quiet", "b"], "before the options")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main(typed)
+        assert told in capsys.readouterr().err
     for arguments in (["audit", "x"], ["fly"], ["audit", "x", "--out", "y", "--random", "many"]):
         with pytest.raises(SystemExit) as left:
             main(arguments)
@@ -264,7 +297,7 @@ def test_lab_says_what_to_install(tmp_path, capsys, monkeypatch):
     assert "modeldiff-lab[lab]" in refused(capsys, "lab", "--folder", tmp_path)
 
 
-def stopped_when(arguments, ready, seconds=60):
+def stopped_when(arguments, ready, seconds=300):
     """Run a command, interrupt it as Ctrl-C does once ``ready()``, and wait for its end."""
     process = subprocess.Popen(
         [sys.executable, "-m", "modeldiff", *arguments], cwd=ROOT, text=True,

@@ -4,7 +4,6 @@
 
 import os
 import signal
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from random import Random
 from threading import Event
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modeldiff import cluster_harvest
+from modeldiff import cluster, cluster_harvest
 from modeldiff.cli import OK, WRONG, main
 from modeldiff.cli_cluster import texts_in
 from modeldiff.cluster import ATTEMPTS, Job, connected, done_by, n_workers, resources
@@ -77,15 +76,7 @@ def whole(spec, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ray():
     """A cluster of this machine, for all tests of this file."""
-    import ray as found  # a part of the extra dev: where it is missing the tests fail
-
-    with ExitStack() as stack:
-        for _ in range(4):
-            with suppress(Exception):  # Ray gives up after 30 s if the machine is busy
-                stack.enter_context(connected("local"))
-                break
-            found.shutdown()
-        assert found.is_initialized()
+    with connected("local") as found:  # a part of the extra dev: where it is missing, they fail
         yield found
     assert not found.is_initialized()
 
@@ -137,7 +128,7 @@ def test_a_damaged_shard_is_made_again_and_others_are_not(spec, whole):
     assert held(out) == whole
 
 
-def test_other_texts_and_other_files_are_refused(spec, tmp_path):
+def test_other_texts_and_other_files_are_refused(spec, tmp_path, monkeypatch):
     harvest_on(spec, TEXTS[:3], SITES, "memory://other/run", **OPTIONS)
     before = held("memory://other/run")
     with pytest.raises(MismatchError, match="another harvest"):
@@ -149,6 +140,14 @@ def test_other_texts_and_other_files_are_refused(spec, tmp_path):
         harvest_on(spec, TEXTS, SITES, "memory://foreign/run", **OPTIONS)
     with pytest.raises(SetupError, match="nonsense"):
         harvest_on(spec, TEXTS, SITES, "nonsense://a/b", **OPTIONS)
+
+    def without_credentials(*given, **options):
+        raise type("NoCredentialsError", (Exception,), {})("unable to locate them")
+
+    monkeypatch.setattr(type(system), "info", without_credentials)
+    with pytest.raises(SetupError, match=r"cannot be reached: unable .*NoCredentialsError"):
+        harvest_on(spec, TEXTS, SITES, "memory://other/run", **OPTIONS)
+    monkeypatch.undo()
     harvest_on(spec, TEXTS[:2], SITES, tmp_path / "two", **OPTIONS)
     with pytest.raises(FileFormatError, match="another store"):
         fetched("memory://other/run", tmp_path / "two")
@@ -190,12 +189,50 @@ def test_workers_are_hired_as_the_gpus_suffice_for():
             n_workers(of(gpus), wanted, each)
 
 
-@pytest.mark.slow
-def test_two_workers_make_the_single_process_store(ray, spec, whole, tmp_path):
-    out = f"file://{tmp_path}/run"
-    harvest_on(spec, iter(TEXTS), SITES, out, cluster="auto", workers=2, **OPTIONS)
-    assert held(out) == content(tmp_path / "run") == whole
-    ActivationStore.open(tmp_path / "run").verify()
+def starting(failures):
+    """A Ray whose processes come up after some failures."""
+    said = []
+
+    def init(**options):
+        said.append("up")
+        if said.count("up") <= len(failures):
+            raise failures[said.count("up") - 1]
+
+    return SimpleNamespace(init=init, shutdown=lambda: said.append("down"), said=said,
+                           is_initialized=lambda: False)  # fmt: skip
+
+
+def test_a_start_that_is_too_slow_is_tried_again(monkeypatch):
+    slow, before = Exception("The current node timed out during startup."), os.environ.copy()
+    for failures in ([], [slow], [slow, slow]):
+        found = starting(failures)
+        monkeypatch.setattr(cluster, "_ray", lambda found=found: found)
+        with connected("local"):
+            stub = Path(os.environ["PYTHONPATH"].split(os.pathsep)[0])
+            assert "ImportError" in (stub / "rfc3987_syntax.py").read_text()
+        assert os.environ == before
+        assert found.said.count("down") == len(failures) + 1
+    monkeypatch.setattr(cluster, "_ray", lambda: starting([slow] * 9))
+    with pytest.raises(SetupError, match=r"4 tries .*timed out.*raylet\.err"), connected("local"):
+        pass
+    monkeypatch.setattr(cluster, "_ray", lambda: starting([ValueError("no address")]))
+    with pytest.raises(SetupError, match="no Ray cluster answers"), connected("local"):
+        pass
+    monkeypatch.setattr(cluster, "_ray", lambda: starting([KeyError("ours")]))
+    with pytest.raises(KeyError), connected("local"):
+        pass
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch, address):
+    found = starting([])
+    monkeypatch.setattr(cluster, "_ray", lambda: found)
+    with pytest.raises(SetupError, match="no Ray cluster answers"), connected(address):
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(SetupError, match="no Ray cluster answers"), connected("auto"):
+        pass
+    assert found.said == [], "Ray would wait for ten minutes, and exit"
 
 
 def doomed(deaths):
@@ -225,8 +262,10 @@ def doomed(deaths):
 
 
 @pytest.mark.slow
-def test_workers_that_are_killed_change_nothing(ray, spec, whole, tmp_path, monkeypatch):
-    deaths, out = tmp_path / "deaths", tmp_path / "out"
+def test_two_workers_make_the_single_process_store_also_where_some_are_killed(
+    ray, spec, whole, tmp_path, monkeypatch
+):
+    deaths, out = tmp_path / "deaths", f"file://{tmp_path}/run"
     deaths.mkdir()
     team, kind = cluster_harvest._team, doomed(deaths)
     monkeypatch.setattr(
@@ -234,9 +273,10 @@ def test_workers_that_are_killed_change_nothing(ray, spec, whole, tmp_path, monk
         "_team",
         lambda where, size, hired, *rest: team(where, size, (kind, hired[1]), *rest),
     )
-    harvest_on(spec, TEXTS, SITES, out, cluster="auto", workers=2, **OPTIONS)
+    harvest_on(spec, iter(TEXTS), SITES, out, cluster="auto", workers=2, **OPTIONS)
     assert {path.name for path in deaths.iterdir()} == {"1", "3"}
-    assert content(out) == whole
+    assert held(out) == content(tmp_path / "run") == whole
+    ActivationStore.open(tmp_path / "run").verify()
 
 
 def deadly():
@@ -315,6 +355,18 @@ def test_the_command_line_harvests_and_trains(spec, whole, tmp_path, capsys):
         (["harvest", "nowhere", "x", "--out", "o"], "needs --texts"),
         (["train", "memory://commands/run", "--out", "o"], "--copy"),
         (["train", "nowhere", "--out", "o"], "no activation store"),
+        (["train", "nowhere", "--out", "o", "--workers", "2"], "--cluster auto"),
+        (["train", "nowhere", "--out", __file__], "is a file: give a folder"),
+        (["train", "nowhere", "--out", "o", "--follow", "-1"], "above 0"),
+        (
+            ["harvest", "organism:null", "--texts", __file__, "--out", f"{__file__}/x", "--quiet"],
+            "can be no folder",
+        ),
+        (["harvest", "/no/folder", "x", "--texts", __file__, "--out", "o"], "a folder that exists"),
+        (
+            ["harvest", "organism:null", "--texts", __file__, "--out", "o", "--skip-first", "-1"],
+            "skip_first=-1",
+        ),
     ],
 )
 def test_the_command_line_says_what_it_lacks(arguments, words, capsys):

@@ -201,6 +201,12 @@ def test_replace_from_itself_is_refused(adapter_pair):
         adapter_pair.run(TEXTS, side="base", do=Replace("resid_post.1", "base"))
 
 
+def test_there_are_two_engines(adapter_pair):
+    for call in (adapter_pair.run, adapter_pair.generate):
+        with pytest.raises(InterventionError, match="'hooks' or 'nnsight'"):
+            call(TEXTS[:1], engine="nsight")
+
+
 def test_empty_plan_changes_nothing(family_pairs):
     pair = family_pairs["qwen2"]
     torch.testing.assert_close(

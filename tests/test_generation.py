@@ -281,6 +281,8 @@ def test_temperature_zero_is_greedy():
 def test_a_negative_temperature_is_refused(adapter_pair):
     with pytest.raises(InterventionError, match="temperature"):
         adapter_pair.generate(PROMPTS, temperature=-1.0)
+    with pytest.raises(InterventionError, match="max_new_tokens=0"):
+        adapter_pair.generate(PROMPTS, max_new_tokens=0)
 
 
 # ---------------------------------------------------------------- ends and defaults

@@ -29,10 +29,11 @@ def pairs(device):
     return {
         "adapter": ModelPair.of(peft, None, tokenizer()),
         "two": ModelPair.of(model("llama").to(device), model("llama", 1).to(device), tokenizer()),
+        "apart": ModelPair.of(model("llama").to(device), model("llama", 1), tokenizer()),
     }
 
 
-@pytest.fixture(scope="module", params=["adapter", "two"])
+@pytest.fixture(scope="module", params=["adapter", "two", "apart"])
 def both(request):
     """The same pair on the CPU and on the GPU."""
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -322,6 +322,7 @@ def test_sites_of_edits():
         (lambda d: Steer(d, layers=4), r"layers \[4\] asked for, the model has 0 to 3"),
         (lambda d: Clamp(d, 1.0, layers=(0, -1)), r"layers \[-1\]"),
         (lambda d: Ablate(d, layers=()), "none"),
+        (lambda d: Ablate(d, layers="al"), r"layers \['a', 'l'\]"),  # pyright: ignore
         (lambda d: Replace(("resid_post.1", "mlp_out.7")), r"mlp_out\.7"),
         (lambda d: ScaleAdapter(0.0, layers=0), r"matches no adapted module.*1\.mlp\.down_proj"),
         (lambda d: ScaleAdapter(0.0, modules=("mlp.up_proj",)), "matches no adapted module"),
@@ -332,9 +333,18 @@ def test_edits_that_have_no_site_are_errors(make, words):
         make(direction()).sites(SHAPE)
 
 
+@pytest.mark.parametrize("do", ["steer", 1.0, [], direction()])
+def test_what_is_no_edit_is_refused(do):
+    with pytest.raises(InterventionError, match=f"a {type(do).__name__} is no edit"):
+        as_plan(do)
+
+
 def test_a_direction_of_another_width_is_refused():
     with pytest.raises(InterventionError, match=r"has width 16.*comes from another model"):
         Steer(direction(width=16)).sites(SHAPE)
+    with pytest.raises(InterventionError, match=r"has width 16.*comes from another model"):
+        Steer(direction(width=16).at("mlp_out.1")).sites(SHAPE)
+    Steer(direction(width=16).at("mlp_act.1")).sites(SHAPE)
     with pytest.raises(InterventionError, match="needs a side with a LoRA adapter"):
         ScaleAdapter(0.0).sites(Shape(4, WIDTH))
     with pytest.raises(SiteError):
@@ -429,6 +439,7 @@ def test_writing_an_argument_differently_does_not_change_the_key():
         (Ablate(d), Ablate([d])),
         (Replace("resid_post.1"), Replace((Site("resid_post", 1),))),
         (Clamp(d, 1), Clamp(d, 1.0)),
+        (Steer(d, layers=(1, 2)), Steer(d, layers=range(1, 3))),  # pyright: ignore
         (Steer(d), Steer(replace(d, name="another name", n_tokens=7))),
         (Replace(SITE, ones), Replace(SITE, ones.clone().requires_grad_(True))),
         (Replace(SITE, channels=(0, 2)), Replace(SITE, "base", None, "all", (0, 2))),

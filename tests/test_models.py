@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from modeldiff.amplification import amplify
 from modeldiff.directions import Direction
 from modeldiff.errors import (
     InactiveAdapterError,
+    MaskError,
     MismatchError,
     ModelDiffError,
     SetupError,
@@ -22,6 +24,7 @@ from modeldiff.errors import (
 )
 from modeldiff.interventions import Steer
 from modeldiff.models import ModelPair
+from modeldiff.pretrained import check_names
 from modeldiff.sites import Site
 from tests.families import WIDTH, config_of, model, peft_model, tokenizer
 
@@ -250,6 +253,102 @@ def test_a_fine_tune_without_a_tokenizer_has_the_bases(disk, tmp_path):
     assert ModelPair.load(disk / "base", tmp_path / "bare").kind == "two"
 
 
+def test_names_of_adapters_are_no_parts_of_paths(disk, tmp_path):
+    """PEFT finds an adapter's tensors by its name among the parts of their paths."""
+    first, second = save_adapter(tmp_path / "a"), save_adapter(tmp_path / "b", layers=(3,))
+    pair = ModelPair.load(disk / "base", adapter={"A": first, "B": second})
+    assert [site.layer for site in pair.sides.lora] == [1, 2]
+    assert [site.layer for site in pair.with_adapter("B").sides.lora] == [3]
+    root = pair.sides.roots[0]
+    assert not check_names(["layers"], root)
+    assert all(len(check_names([name], root)) == 1 for name in ("", "a.b", "weight", "lora_A"))
+    assert all(len(check_names([name, "x"], root)) == 1 for name in ("layers", "mlp", "1"))
+    with pytest.raises(MismatchError, match="Take other names"):
+        ModelPair.load(disk / "base", adapter={"mlp": first, "x": second})
+    with pytest.raises(MismatchError, match="no adapter in it"):
+        ModelPair.load(disk / "base", adapter={})
+
+
+@pytest.mark.parametrize("modules", [("embed_tokens",), ("lm_head", "down_proj")])
+def test_a_saved_adapter_of_embeddings_says_that_it_must_be_merged(modules, tmp_path, disk):
+    from peft import LoraConfig, get_peft_model
+
+    peft = get_peft_model(model("llama"), LoraConfig(r=2, target_modules=list(modules)))
+    randomise(peft, 0).save_pretrained(tmp_path)
+    with pytest.raises(MismatchError, match=r"whole tensors, e\.g\. .*merge_and_unload"):
+        ModelPair.load(disk / "base", adapter=tmp_path)
+
+
+def test_an_adapter_and_a_whole_model_are_not_taken_for_each_other(disk, tmp_path):
+    """Loaded as a whole model, an adapter would have the base's digest: other results' keys."""
+    peft = peft_model()
+    peft.save_pretrained(tmp_path)
+    edit_config(tmp_path / "tuned", base_model_name_or_path=str(disk / "base"))
+    with pytest.raises(MismatchError, match="pass it as adapter="):
+        ModelPair.load(disk / "base", tmp_path / "tuned")
+    for given in disk / "base", tmp_path / "nothing":
+        with pytest.raises(SetupError, match="passed as finetuned="):
+            ModelPair.load(disk / "base", adapter=given)
+    for tuned in peft, peft.get_base_model():
+        with pytest.raises(MismatchError, match=r"adapter inside it.*None, tokenizer"):
+            ModelPair.of(model("llama"), tuned, tokenizer())
+
+
+def test_weights_that_are_not_in_the_files_are_not_made_up(disk, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.2.mlp.up_proj.weight"
+    for fault in ("missing", "size"):
+        path = save_model(tmp_path / fault, model("llama", 1), tokenizer())
+        state = load_file(path / "model.safetensors")
+        state[name] = torch.ones(3, 3)
+        kept = {key: each for key, each in state.items() if fault == "size" or key != name}
+        save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(SetupError, match=f"lacks 1 tensors .*{name}: they would be random"):
+            ModelPair.load(disk / "base", path)
+    with (path / "model.safetensors").open("r+b") as file:
+        file.truncate(9000)
+    with pytest.raises(SetupError, match="no model could be loaded"):
+        ModelPair.load(disk / "base", path)
+    adapter = save_adapter(tmp_path / "adapter")
+    with (adapter / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(500)
+    with pytest.raises(SetupError, match="Download or save it again"):
+        ModelPair.load(disk / "base", adapter=adapter)
+
+
+def test_weights_that_are_not_finite_are_named():
+    broken = model("llama", 1)
+    broken.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(MismatchError, match=r"layers\.2\.mlp\.up_proj\.weight.*damaged"):
+        ModelPair.of(model("llama"), broken, tokenizer())
+    large = model("llama", 1)
+    large.model.layers[3].mlp.up_proj.weight.mul_(1e4)
+    large.model.layers[3].mlp.down_proj.weight.mul_(1e4)
+    with pytest.raises(MismatchError, match="too large for the dtype"):
+        ModelPair.of(model("llama").half(), large.half(), tokenizer())
+
+
+def test_a_fine_tune_with_more_tokens_says_how_to_go_on():
+    longer = model("llama", 1)
+    longer.resize_token_embeddings(len(tokenizer()) + 1)
+    with pytest.raises(MismatchError, match=r"added 1 tokens.*resize_token_embeddings"):
+        ModelPair.of(model("llama"), longer, tokenizer())
+
+
+def test_texts_longer_than_learned_positions_are_refused():
+    pair = ModelPair.of(model("gpt2"), model("gpt2", 1), tokenizer())
+    long = "a" * 129
+    assert pair.run([long[:-1]]).logits.shape[1] == 128
+    for call in (pair.run, pair.output_diff, lambda texts: pair.capture(texts, "resid_post.1")):
+        with pytest.raises(MaskError, match=r"129 tokens.*positions for 128"):
+            call([long])
+    with pytest.raises(MaskError, match="127 tokens and 2 new ones"):
+        amplify(pair.sides, [long[:127]], max_new_tokens=3)
+    rotary = ModelPair.of(model("llama"), model("llama", 1), tokenizer())
+    assert rotary.run([long]).logits.shape[1] == 129
+
+
 @pytest.mark.parametrize("both", [True, False])
 def test_exactly_one_of_finetuned_and_adapter(disk, both):
     given = {"finetuned": disk / "base", "adapter": disk / "one"} if both else {}
@@ -437,6 +536,23 @@ def test_any_single_weight_changes_the_digest_of_its_side_alone():
         assert changed["tokenizer"] == reference["tokenizer"]
         flat[index] = before
     assert replace(pair.sides).digests == reference
+
+
+def test_weights_that_are_trained_on_have_another_digest():
+    """Results kept under the old one would be taken for the new model's."""
+    peft = peft_model()
+    pair = ModelPair.of(peft, None, tokenizer())
+    before = pair.digests
+    assert pair.digests == before
+    down = peft.get_base_model().model.layers[1].mlp.down_proj
+    down.lora_B["tuned"].weight.requires_grad_(True)
+    down.lora_B["tuned"].weight.grad = torch.ones_like(down.lora_B["tuned"].weight)
+    torch.optim.AdamW([down.lora_B["tuned"].weight], lr=0.1).step()
+    after = pair.digests
+    assert after["finetuned"] != before["finetuned"]
+    assert after["base"] == before["base"]
+    down.scaling["tuned"] *= 2
+    assert pair.digests["finetuned"] not in (before["finetuned"], after["finetuned"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

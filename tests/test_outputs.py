@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from modeldiff import divergence
-from modeldiff.divergence import block_size, compare, kl_and_loss
+from modeldiff.difference_lens import difference_trace
+from modeldiff.divergence import block_size, compare, kl_and_loss, logits_of
+from modeldiff.edit_effects import effects
+from modeldiff.errors import MismatchError
+from modeldiff.interventions import Cell
 from modeldiff.models import ModelPair
 from modeldiff.outputs import TOKEN_COLUMNS, output_diff
+from modeldiff.similarity import similarity
+from modeldiff.token_scores import token_scores
 from modeldiff.tokens import Completion
 from tests.families import FAMILIES, build_adapter_pair, model, tokenizer
 
@@ -72,6 +78,31 @@ def test_mined_counts_equal_the_dense_counts(adapter_pair):
     np.testing.assert_array_equal(
         table["share_promoted"] * len(ratio), (ratio > 0).sum(0), err_msg="positive counts"
     )
+
+
+@pytest.mark.parametrize("k", [0, -1, 401])
+def test_k_is_a_number_of_tokens(adapter_pair, k):
+    for call in (lambda: adapter_pair.output_diff(["the cat sat"], k=k),
+                 lambda: token_scores(adapter_pair.sides, "the cat sat", k=k)):  # fmt: skip
+        with pytest.raises(MismatchError, match=f"k={k}: give 1 to"):
+            call()
+
+
+def test_numbers_that_are_not_finite_are_errors():
+    """NaN would read as no difference, and the most promoted tokens would be any."""
+    tuned = model("llama", 1)
+    tuned.model.embed_tokens.weight[tokenizer()(" moon").input_ids[-1]] = torch.nan
+    pair = ModelPair.of(model("llama"), tuned, tokenizer())
+    texts = ["why was the moon round", "the moon was far away", "a moon and the sun", "moon of me"]
+    calls = (
+        lambda: pair.output_diff(texts),
+        lambda: effects(pair.sides, texts, [Cell("finetuned")]),
+        lambda: difference_trace(pair.sides, texts, n_positions=3),
+        lambda: similarity(pair.sides, texts, "resid_post.1"),
+    )
+    for call in calls:
+        with pytest.raises(MismatchError, match="are not finite: a side's weights"):
+            call()
 
 
 def test_block_size_and_batching_do_not_matter(adapter_pair):
@@ -176,3 +207,42 @@ def test_fast_kl_equals_the_full_comparison():
     block = compare(reference @ other.T, h @ weight.T, came, 1)
     torch.testing.assert_close(kl, block.kl_fb, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(-loss, block.logprob[:, 1])
+
+
+def test_logits_that_are_not_rounded_to_16_bits_give_a_divergence_ten_times_as_exact(monkeypatch):
+    """With a matrix product that writes float32, as GPUs have; no hook or gradient is passed by."""
+    product = torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, out_dtype=None: product(*(x.to(out_dtype) for x in (a, b)))
+        if out_dtype else product(a, b),
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(256, 8000, bias=False).bfloat16()
+    head.weight.data = (torch.randn(8000, 256, generator=g) * 1.2 / 16).bfloat16()
+    reference = torch.randn(32, 256, generator=g)
+    h = (reference + 0.05 * torch.randn(32, 256, generator=g)).bfloat16()
+    reference, came = reference.bfloat16(), torch.zeros(32, dtype=torch.long)
+    weight = head.weight.detach().double()
+    p, q = ((x.double() @ weight.T).log_softmax(-1) for x in (h, reference))
+    truth = float((p.exp() * (p - q)).sum(-1).mean())
+
+    def error():
+        unembed = lambda x: logits_of(head, x, None)  # noqa: E731
+        with torch.no_grad():
+            kl = kl_and_loss(h, reference, unembed, unembed, came, 1 << 20)[0]
+        return abs(float(kl.double().mean()) / truth - 1)
+
+    divergence._writes_float32.cache_clear()
+    assert error() < 1e-4
+
+    def doubled(module, args, out) -> torch.Tensor:
+        return out * 2
+
+    handle = head.register_forward_hook(doubled)
+    assert error() > 0.1, "a hook was passed by"
+    handle.remove()
+    monkeypatch.undo()
+    divergence._writes_float32.cache_clear()
+    assert not divergence._writes_float32("cpu", torch.bfloat16)
+    assert 1e-3 < error() < 0.02
+    assert logits_of(head, h, None).requires_grad

@@ -10,6 +10,7 @@ from modeldiff.hooks import count_hooks
 from modeldiff.interventions import Replace, ScaleAdapter, Side
 from modeldiff.layer_maps import patch_effects
 from modeldiff.masks import Positions
+from modeldiff.models import ModelPair
 from modeldiff.organisms.nulls import null_pairs
 from modeldiff.organisms.planted import planted_shift, tiny_llama
 from modeldiff.patch_runs import Cell, effects, head_width, n_heads
@@ -26,7 +27,7 @@ from modeldiff.patching import (
 )
 from modeldiff.self_repair import ablation_table
 from modeldiff.tokens import Completion
-from tests.families import FAMILIES, build_adapter_pair
+from tests.families import FAMILIES, build_adapter_pair, config_of, model, tokenizer
 from tests.planted import TEXTS, null_pair
 from tests.straight import CHANNEL, free_channel, pair_of, straight, undoer, writer
 
@@ -213,6 +214,17 @@ def test_what_is_not_there_is_refused(adapter_pair, family_pairs):
 
     with pytest.raises(RemoteError):
         patch_map(dataclasses.replace(sides, kind="remote"), TEXT, DIFFERENCE)
+
+
+def test_sides_of_other_widths_cannot_be_patched_there():
+    from transformers import AutoModelForCausalLM
+
+    config = config_of("llama", len(tokenizer()))
+    config.intermediate_size = 40
+    pair = ModelPair.of(model("llama"), AutoModelForCausalLM.from_config(config), tokenizer())
+    with pytest.raises(SiteError, match=r"mlp_act.0.*\(40 and 48\)"):
+        patch_map(pair.sides, TEXT, parts=["mlp_act"])
+    assert patch_map(pair.sides, TEXT, parts=["mlp_out"]).effect.isfinite().all()
 
 
 def test_a_cancelled_map_keeps_what_is_finished(adapter_pair):

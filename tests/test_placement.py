@@ -72,7 +72,7 @@ def test_a_model_partly_on_disk_gives_the_same_numbers(saved, here, device_map):
 
 
 def test_an_adapter_that_finds_no_place_is_an_error(saved, monkeypatch):
-    monkeypatch.setattr("modeldiff.models.land_adapter", lambda peft, name: None)
+    monkeypatch.setattr("modeldiff.pretrained.land_adapter", lambda peft, name: None)
     with pytest.raises(MismatchError, match="no place on any device"):
         ModelPair.load(**saved, device_map=MAPS["top on disk"])
 

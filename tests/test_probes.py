@@ -1,6 +1,8 @@
 import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,6 +104,30 @@ def test_pooled_scores_of_folds_would_be_biased():
     prior = torch.tensor([float(labels[fold_of != f].double().mean()) for f in range(5)])
     scores = FoldScores(prior[fold_of].double(), labels, fold_of, ())
     assert held_out_auroc(scores, range(40), seed=0, n_resamples=0).estimate == 0.5
+
+
+def test_groups_of_both_labels_do_not_pull_the_interval_towards_their_own_pairs():
+    """One text in two models: the fine-tune's scores above the base's by little, every time."""
+    rng, n = np.random.default_rng(0), 15
+    scores = np.concatenate([between := rng.normal(size=n), between + 0.2])
+    labels, folds = torch.arange(2 * n) >= n, torch.arange(2 * n) % n % 5
+    groups = [i % n for i in range(2 * n)]
+    found = held_out_auroc(FoldScores(torch.tensor(scores), labels, folds, ()), groups, seed=0)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)
+    byhand = []
+    for counts in drawn:  # a pair of one group counts as often as the group was drawn
+        pairs = [
+            (counts[i] if i == j else counts[i] * counts[j], between[i] + 0.2 > between[j])
+            for i in range(n) for j in range(n) if i % 5 == j % 5
+        ]  # fmt: skip
+        total = sum(weight for weight, _ in pairs)
+        byhand.append(sum(weight * above for weight, above in pairs) / total)
+    low, high = np.quantile(byhand, [0.025, 0.975])
+    wider = math.sqrt(1 + 5 / 4)
+    assert found.low == pytest.approx(found.estimate - wider * (found.estimate - low))
+    high = min(1.0, found.estimate + wider * (high - found.estimate))
+    assert found.high == pytest.approx(high)
+    assert found.low < found.estimate < found.high
 
 
 def test_transfer_says_whether_the_feature_was_in_the_base():
@@ -219,6 +245,8 @@ def test_captured_activations_are_probed():
     assert planted.direction is not None
     found = probe_direction(data, "planted", method="mean difference")
     assert found.cosine(planted.direction) > 0.8
+    twice = replace(acts, texts=(*acts.texts[:-1], acts.texts[0]))  # or probes see what they judge
+    assert ProbeTexts.of(twice, labels).groups == (*range(len(words) - 1), 0)
     with pytest.raises(MismatchError, match="79 labels"):
         ProbeTexts.of(acts, labels[:-1])
 

@@ -35,6 +35,26 @@ def test_links_and_pictures_exist_and_are_small():
         assert image.stat().st_size <= 300_000
 
 
+def test_a_stranger_finds_the_start_first_and_every_jump_lands():
+    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    places = {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}
+    jumps = re.findall(r"\]\(#([^)]+)\)", README)
+    assert len(jumps) >= 5
+    assert set(jumps) <= places
+    lines = README.splitlines()
+    for start in ("## Two commands", "## Your own models", "```python", "**Limits.**"):
+        assert any(line.startswith(start) for line in lines[:150]), start
+
+
+def test_the_facade_lists_what_it_offers_and_nothing_else():
+    import modeldiff
+
+    public = [name for name in dir(modeldiff) if not name.startswith("_")]
+    assert "ModelPair" in public
+    assert "import_module" not in public
+    assert [name for name in public if not (getattr(modeldiff, name).__doc__ or "").strip()] == []
+
+
 def test_the_two_commands_are_one_line_each():
     commands = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
     assert len(commands) == 2

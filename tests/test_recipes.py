@@ -227,6 +227,10 @@ def test_outcomes_that_are_not_expected_are_refused_and_missing_ones_are_outside
     assert "share: not reported (expected <= 0.5): OUTSIDE" in summary(found)
     record = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
     assert [each["found"] for each in record["outcomes"]] == [4, None]
+    toml = written(tmp_path, script=SCRIPT.replace("run.say(", "raise KeyboardInterrupt("))
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(toml, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "result.json").exists()  # it would be the earlier run's
 
 
 def test_recipes_are_found_in_an_installation(tmp_path, monkeypatch):

@@ -8,6 +8,9 @@ import io
 import json
 import sys
 import threading
+import time
+from contextlib import contextmanager, redirect_stdout
+from functools import cache
 from types import SimpleNamespace
 
 import httpx
@@ -15,16 +18,23 @@ import pytest
 import torch
 import zstandard
 
-from modeldiff import remote_jobs, tracing
+from modeldiff import patch_runs, remote_jobs, remote_patching, tracing
+from modeldiff._progress import watched
 from modeldiff.batching import make_batch
 from modeldiff.directions import Direction
 from modeldiff.divergence import unembedding
 from modeldiff.editing import Editor, Group
 from modeldiff.errors import Cancelled, InterventionError, MismatchError, RemoteError
-from modeldiff.interventions import Ablate, Plan, Replace, Steer
+from modeldiff.interventions import Ablate, Cell, Plan, Replace, Steer
+from modeldiff.logit_lens import logit_lens
 from modeldiff.models import ModelPair
-from modeldiff.remote_generation import _sampler
-from modeldiff.remote_jobs import Server, content_key, run_job
+from modeldiff.patch_runs import Metric
+from modeldiff.patching import logit_difference
+from modeldiff.remote_generation import Heard, _sampler
+from modeldiff.remote_http import Line
+from modeldiff.remote_jobs import Server, run_job
+from modeldiff.remote_kept import content_key
+from modeldiff.remote_lenses import last_logprobs, likeliest, tokens_compared
 from modeldiff.sampling import Sampler, noise
 from modeldiff.sites import Site
 from tests.families import WIDTH, model, peft_model, tokenizer
@@ -61,6 +71,7 @@ class Web:
     def __init__(self, monkeypatch, *answers):
         self.answers, self.asked = list(answers), []
         monkeypatch.setattr(httpx, "request", self.request)
+        monkeypatch.setattr(httpx, "stream", self.stream)
         monkeypatch.setattr(httpx, "get", self.get)
         monkeypatch.setenv("NDIF_API_KEY", KEY)
         remote_jobs._CHECKED.clear()
@@ -73,12 +84,21 @@ class Web:
     def request(self, method, url, **options):
         self.asked.append((method, url, options))
         answer = self.answers.pop(0)
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
-        status, body = answer
+        status, body, *headers = answer
         return httpx.Response(
-            status, **({"content": body} if isinstance(body, bytes) else {"json": body})
+            status,
+            headers=headers[0] if headers else None,
+            **({"json": body} if isinstance(body, dict) else {"content": body}),
         )
+
+    @contextmanager
+    def stream(self, method, url, **options):
+        yield self.request(method, url, **options)
+
+    def sent(self):
+        return [url for method, url, _ in self.asked if method == "POST"]
 
 
 RECEIVED = (200, {"id": "job", "status": "RECEIVED"})
@@ -107,7 +127,7 @@ def payloads(pair, monkeypatch, call):
     """The decompressed payloads of the jobs that a call would send."""
     sent = []
 
-    def refuse(server, asked, pack, cancel):
+    def refuse(server, asked, pack, cancel, log):
         sent.append(pack())
         raise RemoteError("not sent")
 
@@ -117,6 +137,14 @@ def payloads(pair, monkeypatch, call):
     return [(one, zstandard.ZstdDecompressor().decompress(one.blob)) for one in sent]
 
 
+def patched(pair, metric):
+    (text,) = pair.texts(TEXTS[:1])
+    values = torch.zeros(text.n_tokens, WIDTH)
+    own = patch_runs.Trace("finetuned", text, {"resid_post.1": values}, {})
+    cells = [patch_runs.Cell(patch_runs.Component("resid_post", 1), (0,), values + 1)]
+    return remote_patching.scores(pair.sides, own, cells, metric)
+
+
 CALLS = {
     "run": lambda pair: pair.run(TEXTS, do=Steer(direction()) + Ablate(direction(1))),
     "capture": lambda pair: pair.capture(TEXTS, ["resid_post.1", "lora.1.mlp.down_proj"]),
@@ -124,6 +152,15 @@ CALLS = {
     "generate": lambda pair: pair.generate(TEXTS, do=Steer(direction()), max_new_tokens=3,
                                            cancel=threading.Event(),
                                            on_step=lambda got: None),
+    "lens": lambda pair: logit_lens(pair.sides, direction()),
+    "tokens": lambda pair: tokens_compared(pair.sides, Cell("finetuned"), Cell("base"),
+                                           torch.zeros(2, WIDTH), torch.zeros(2, WIDTH),
+                                           torch.tensor([1, 2]), 3, 1 << 20),
+    "likeliest": lambda pair: likeliest(pair.sides, torch.zeros(1, WIDTH), "finetuned"),
+    "patchscope": lambda pair: last_logprobs(pair.sides, make_batch(pair.texts(["why"]), 0),
+                                             "finetuned", Plan()),
+    "patch": lambda pair: patched(pair, logit_difference(1, 2)),
+    "patch of one's own": lambda pair: patched(pair, Metric("own", lambda x: x[:, 0, 0])),
 }  # fmt: skip
 
 
@@ -179,10 +216,32 @@ def test_what_a_request_cannot_say_is_refused_at_load(folder):
         ModelPair.load(folder / "base", adapter=tuned, remote="localhost:1")
 
 
+@cache
+def cached():
+    return 1
+
+
+cached.__module__ = "modeldiff.somewhere"
+
+
 def test_classes_of_the_package_cannot_travel():
     buffer = io.BytesIO()
     with pytest.raises(RemoteError, match="cannot travel"):
         tracing._Pickler(buffer, protocol=4).dump({"site": Site("resid_post", 1)})
+    for named in (Site.parse, cached):  # a mere name that no server knows
+        with pytest.raises(RemoteError, match="cannot travel"):
+            tracing._Pickler(io.BytesIO(), protocol=4).dump({"call": named})
+
+
+def test_source_that_changed_under_a_running_python_does_not_travel(monkeypatch):
+    """An upgrade below a kernel that runs: the lines at the old place are of something else."""
+    load, arguments = object(), ("def something_else(x):\n    return x", "n", (), {}, None, "", 1)
+    monkeypatch.setattr(
+        tracing.CustomCloudPickler, "_dynamic_function_reduce",
+        lambda self, func: (load, arguments),
+    )  # fmt: skip
+    with pytest.raises(RemoteError, match="Restart Python"):
+        tracing._Pickler(io.BytesIO(), protocol=4)._dynamic_function_reduce(content_key)
 
 
 def test_a_copied_tensor_must_be_of_the_same_batch(pair):
@@ -219,7 +278,8 @@ def test_a_job_is_sent_asked_after_and_fetched(monkeypatch, tmp_path):
     assert methods[4] == ("GET", "https://store.example/blob")
     headers = web.asked[0][2]["headers"]
     assert (headers["ndif-api-key"], headers["nnsight-version"]) == (KEY, "0.8.1")
-    assert "headers" not in web.asked[4][2], "the key must not go to where the result lies"
+    names = {name.lower() for name in web.asked[4][2]["headers"]}
+    assert names == {"accept-encoding"}, "the key must not go to where the result lies"
 
 
 def test_a_finished_job_is_not_run_again(monkeypatch, tmp_path):
@@ -230,7 +290,7 @@ def test_a_finished_job_is_not_run_again(monkeypatch, tmp_path):
     assert first["by"][7]["x"][1] == second["by"][7]["x"][1] == 1.5
     assert torch.equal(second["by"][7]["x"][0], torch.ones(2))
     assert (second["n"], second["none"], second["empty"]) == (3, None, {})
-    (file,) = (tmp_path / "jobs").iterdir()
+    (file,) = (tmp_path / "jobs").iterdir()  # and no note of a job under way
     file.write_bytes(b"damaged")
     Web(monkeypatch, RECEIVED, DONE, result({"n": 4}))
     assert do(server)["n"] == 4
@@ -322,6 +382,203 @@ def test_a_wait_can_be_cancelled_and_has_an_end(monkeypatch, tmp_path):
     Web(monkeypatch, RECEIVED, *[RUNNING] * 9)
     with pytest.raises(RemoteError, match=r"did not end in 0\.05 s; it was last RUNNING"):
         do(Server(HOST, keep=tmp_path, job_seconds=0.05))
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_says_when_to_come_back(monkeypatch, tmp_path, status):
+    """In seconds or as a date by its own clock, which may be years off."""
+    slept = []
+    monkeypatch.setattr("modeldiff.remote_http.time.sleep", slept.append)
+    monkeypatch.setattr("modeldiff.remote_http.time.monotonic", lambda: sum(slept))
+    dates = {"retry-after": "Mon, 01 Jan 2018 00:00:40 GMT",
+             "date": "Mon, 01 Jan 2018 00:00:10 GMT"}  # fmt: skip
+    busy = (status, {"detail": "busy"})
+    Web(monkeypatch, (*busy, {"retry-after": "7"}), (*busy, dates), RECEIVED, DONE,
+        result({"n": 1}))  # fmt: skip
+    assert do(Server(HOST, tries=3, pause=0.5, keep=tmp_path))["n"] == 1
+    assert slept[:2] == pytest.approx([7.0, 30.0])
+    web = Web(monkeypatch, (*busy, {"retry-after": "86400"}))
+    with pytest.raises(RemoteError, match="asked again in 86400 s"):
+        do(Server(HOST, keep=tmp_path / "other"))
+    assert len(web.asked) == 1, "and nobody sits a day in front of it"
+
+
+def test_a_job_under_way_is_asked_after_and_not_sent_again(monkeypatch, tmp_path):
+    server = Server(HOST, tries=2, pause=0.0, keep=tmp_path)
+    web = Web(monkeypatch, RECEIVED, RUNNING, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        do(server)
+    web.answers = [RUNNING, DONE, result({"n": 1})]
+    assert do(server)["n"] == 1
+    assert len(web.sent()) == 1
+    assert [path.suffix for path in (tmp_path / "jobs").iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        [(404, {})],
+        [(200, {"id": "job", "status": "ERROR", "description": "the server was restarted"})],
+        [DONE, (404, b"")],
+    ],
+)
+def test_a_job_that_got_lost_is_sent_anew(monkeypatch, tmp_path, lost):
+    server = Server(HOST, tries=2, pause=0.0, keep=tmp_path)
+    web = Web(monkeypatch, RECEIVED, httpx.ConnectError("no"), httpx.ConnectError("no"))
+    with pytest.raises(RemoteError, match="goes on from there"):
+        do(server)
+    web.answers = [*lost, RECEIVED, DONE, result({"n": 1})]
+    assert do(server)["n"] == 1
+    assert len(web.sent()) == 2
+
+
+def test_a_server_that_hangs_can_be_left_at_once(monkeypatch, tmp_path):
+    """Although the request has a minute."""
+    hangs, said, cancel = threading.Event(), [], threading.Event()
+    web = Web(monkeypatch, RECEIVED, RUNNING)
+    request = web.request
+
+    def slow(method, url, **options):
+        if not web.answers:
+            cancel.set()
+            hangs.wait(20)
+            raise httpx.ReadTimeout("after a minute")
+        return request(method, url, **options)
+
+    monkeypatch.setattr(httpx, "request", slow)
+    start = time.monotonic()
+    with watched(said.append, cancel), pytest.raises(Cancelled, match="stopped waiting"):
+        do(Server(HOST, keep=tmp_path))
+    assert time.monotonic() - start < 5
+    assert said == ["sending", "received", "running", "left"]
+    web.answers = [DONE, result({"n": 1})]
+    monkeypatch.setattr(httpx, "request", request)
+    said.clear()
+    with watched(said.append):
+        assert do(Server(HOST, keep=tmp_path))["n"] == do(Server(HOST, keep=tmp_path))["n"] == 1
+    hangs.set()
+    assert said == ["sending", "completed", "kept"]
+    assert len(web.sent()) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "good"),
+    [
+        ("https://models.example/", True),
+        ("https://models.example:8443/behind/a/path/", True),
+        ("http://[::1]:5001", True),
+        ("http://localhost:5001", True),
+        ("models.example", False),
+        ("localhost:1", False),
+        ("ftp://models.example", False),
+        ("https://", False),
+        ("https://models.example:port", False),
+        ("https://me:secret@models.example", False),
+        ("https://models.example/?key=secret", False),
+        ("https://models.example\n", False),
+        ("http://[::1", False),
+    ],
+)
+def test_addresses(monkeypatch, tmp_path, host, good):
+    if not good:
+        with pytest.raises(RemoteError, match="write True for NDIF") as caught:
+            Server.of(host)
+        assert "me:secret" not in str(caught.value)
+        return
+    web = Web(monkeypatch, RECEIVED, DONE, result({"n": 1}))
+    do(Server(Server.of(host).host, keep=tmp_path))
+    assert web.asked[0][1] == host.rstrip("/") + "/request"
+    assert web.asked[0][2]["headers"]["ndif-api-key"] == KEY
+    near = "localhost" in host or "::1" in host
+    assert web.asked[0][2]["trust_env"] is not near, "no proxy hears the key of this machine"
+
+
+@pytest.mark.parametrize("key", ["two words", "line\nbreak", "caf\u00e9"])
+def test_keys_that_no_request_can_carry(monkeypatch, tmp_path, key):
+    web = Web(monkeypatch)
+    monkeypatch.setenv("NDIF_API_KEY", key)
+    with pytest.raises(RemoteError, match="copy it again") as caught:
+        do(Server(HOST, keep=tmp_path))
+    assert key not in str(caught.value)
+    assert web.asked == []
+    monkeypatch.setenv("NDIF_API_KEY", f" {KEY}\n")  # as a file that was read gives it
+    web.answers = [RECEIVED, DONE, result({"n": 1})]
+    do(Server(HOST, keep=tmp_path))
+    assert web.asked[0][2]["headers"]["ndif-api-key"] == KEY
+
+
+def test_the_key_follows_no_redirection(monkeypatch, tmp_path):
+    web = Web(monkeypatch, (307, b"", {"location": "https://elsewhere.example/x?token=secret"}))
+    with pytest.raises(RemoteError, match=r"sends requests on to 'https://elsewhere\.example/x'"):
+        do(Server("http://models.example", keep=tmp_path))
+    assert len(web.asked) == 1
+
+
+def test_a_download_goes_on_where_it_broke(monkeypatch, tmp_path):
+    whole = result({"x": torch.randn(40_000)})[1]
+    monkeypatch.setattr("modeldiff.remote_http._STEP", 1 << 10)
+
+    class Broken(httpx.SyncByteStream):
+        def __init__(self, content):
+            self.content = content
+
+        def __iter__(self):
+            yield self.content
+            raise httpx.ReadError("gone")
+
+    def serve(cuts, tag='"v1"', honest=True):
+        asked = []
+
+        @contextmanager
+        def stream(method, url, headers, **options):
+            start = int(headers.get("range", "bytes=0-")[6:-1])
+            asked.append((start, headers.get("if-range")))
+            start = start if honest else 0
+            status = 206 if start else 200
+            answer = {"etag": tag, "content-range": f"bytes {start}-/*"} if start else {"etag": tag}
+            stop = cuts.pop(0) if cuts else None
+            rest = whole[start:stop]
+            body = {"content": rest} if stop is None else {"stream": Broken(rest)}
+            yield httpx.Response(status, headers=answer, **body)
+
+        monkeypatch.setattr(httpx, "stream", stream)
+        return asked
+
+    line = Line(HOST, 2, 0.0, 1.0)
+    asked = serve([30_000, 60_000, 90_000, 120_000])
+    assert line.fetched("https://store.example/x") == whole
+    assert asked == [(0, None), *((n, '"v1"') for n in (30_000, 60_000, 90_000, 120_000))]
+    serve([30_000], honest=False)  # a server that begins anew
+    assert line.fetched("https://store.example/x") == whole
+    asked = serve([30_000], tag="")  # one that cannot name its versions
+    assert line.fetched("https://store.example/x") == whole
+    assert asked == [(0, None), (0, None)]
+    serve([10, 10, 10])
+    with pytest.raises(RemoteError, match="without sending the job again"):
+        line.fetched("https://store.example/x")
+
+
+def test_lines_that_a_job_prints_are_taken_as_they_come():
+    """Each holds all tokens so far: any of them may be missing, cut, foreign, or a lie."""
+    ids = torch.tensor([[5, 6, 7], [9, 2, 0], [4, 4, 4]])
+    uniform, got, printed = torch.rand(3, 3), [], io.StringIO()
+    say = _sampler(uniform, 0, 2, aloud=True)
+    with redirect_stdout(printed):
+        for step in range(3):
+            scores = torch.zeros(3, 20).scatter_(1, ids[:, [step]], 9.0)
+            say(torch.cat([torch.ones(3, 2, dtype=torch.long), ids[:, :step]], 1), scores)
+    lines = printed.getvalue().splitlines()
+    assert len(lines) == 3
+    heard = Heard(3, 3, lambda step, new: got.append((step, new.tolist())))
+    foreign = "modeldiff-tokens 1 x 3", "modeldiff-tokens 1 2", "else 5 9 4", "", "modeldiff-tokens"
+    for line in (*foreign, lines[0], lines[0], lines[2], lines[1]):
+        heard.line(line)
+    assert got == [(step, ids[:, step].tolist()) for step in range(3)]
+    heard.check(ids, [2])
+    heard.check(torch.tensor([[5, 6, 7], [9, 2, 3], [4, 4, 4]]), [2])  # after its end
+    for other in (torch.tensor([[5, 6, 7], [9, 3, 0], [4, 4, 4]]), ids[:, :2]):
+        with pytest.raises(RemoteError, match="other tokens than it returned"):
+            heard.check(other, [2])
 
 
 def test_no_code_of_a_server_runs_here():

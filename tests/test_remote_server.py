@@ -8,15 +8,19 @@ What comes back must be what is computed here, to the last bit where both run th
 # pyright: reportOptionalOperand=false, reportOperatorIssue=false
 
 import threading
+import time
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
 
+from modeldiff import patch_runs
 from modeldiff.batching import make_batch
 from modeldiff.directions import Direction
 from modeldiff.edit_effects import effects
 from modeldiff.errors import Cancelled, InterventionError, RemoteError
+from modeldiff.harvesting import harvest
 from modeldiff.interventions import (
     Ablate,
     Cell,
@@ -28,13 +32,19 @@ from modeldiff.interventions import (
     Steer,
     grid,
 )
+from modeldiff.layer_maps import patch_effects
+from modeldiff.logit_lens import lens_logits, logit_lens
 from modeldiff.models import ModelPair
+from modeldiff.patch_runs import Metric
+from modeldiff.patching import logit_difference, patch_map, patch_texts
+from modeldiff.patchscope import patchscope
 from modeldiff.remote_jobs import Server
 from modeldiff.remote_runs import gradients
 from modeldiff.sites import Site
 from modeldiff.survey import survey
+from modeldiff.token_scores import token_scores
 from tests.families import N_LAYERS, WIDTH, model, peft_model, tokenizer
-from tests.ndif_server import KEY, requests_seen, serving, trouble
+from tests.ndif_server import KEY, fetches, requests_seen, serving, trouble
 
 pytestmark = pytest.mark.slow
 
@@ -191,6 +201,35 @@ def test_the_grid_is_equal_token_for_token(adapted, served):
     assert [a.ids for a in one.answers] == [a.ids for a in other.answers]
 
 
+@pytest.mark.parametrize("mute", [None, "all", "modeldiff-tokens 1 2", "warning: 7", "wrong"])
+def test_tokens_are_shown_while_the_job_runs(adapted, served, mute):
+    """Lines that are missing or foreign change nothing; lines that lie are an error."""
+    cells = grid(models=("base", "finetuned"))
+    settings = {"cells": cells, "n": 2, "seed": 5, "temperature": 0.9, "max_new_tokens": 6}
+    here = adapted[0].generate(TEXTS, **settings)
+    rows = len(here.answers)
+    wrong = "modeldiff-tokens " + " ".join(["299"] * 2 * rows)
+    kinds = {"lag": [0.35], "mute": [wrong if mute == "wrong" else mute]}
+    trouble(served[1], **(kinds if mute else {"lag": [0.35]}))
+    streamed, early = {}, []
+
+    def on_step(got):
+        for row, token in got:
+            streamed.setdefault((row.cell, row.prompt, row.sample), []).append(token)
+        early.append(any(adapted[1].sides.remote.folder.glob("*.job")))
+
+    if mute == "wrong":
+        with pytest.raises(RemoteError, match="other tokens than it returned"):
+            adapted[1].generate(TEXTS, **settings, on_step=on_step)
+        return
+    there = adapted[1].generate(TEXTS, **settings, on_step=on_step)
+    assert [a.ids for a in here.answers] == [a.ids for a in there.answers]
+    assert list(map(tuple, (streamed[key] for key in sorted(streamed)))) == [
+        a.ids for a in there.answers
+    ]
+    assert any(early) == (mute is None), "steps before the job's end"
+
+
 @pytest.mark.parametrize("side", ["base", "finetuned"])
 def test_gradients_are_equal_to_the_last_bit(adapted, side):
     here, there = adapted
@@ -239,6 +278,93 @@ def test_the_sum_of_what_travels(adapted, served):
             assert secret not in one["payload"], secret
 
 
+# ------------------------------------------------------------ lenses and patches
+
+
+def test_lenses_read_on_the_server_are_equal_to_the_last_bit(adapted, served):
+    here, there = adapted
+    v = direction(3)
+    before = len(requests_seen(served[1]))
+    one, other = (logit_lens(pair.sides, v, k=5, n_random=3) for pair in adapted)
+    pd.testing.assert_frame_equal(one.tokens, other.tokens, rtol=0, atol=0)
+    assert (one.random_reach, one.p) == (other.random_reach, other.p)
+    assert len(requests_seen(served[1])) - before == 1, "one job, whatever the controls"
+    assert torch.equal(lens_logits(here.sides, v.unit[None], "base"),
+                       lens_logits(there.sides, v.unit[None], "base"))  # fmt: skip
+    cells = (Cell("base"), Cell("finetuned", "steer", Plan((Steer(v, 2.0),))))
+    for a, b in zip(*(token_scores(pair.sides, TEXTS[1], cells, k=4) for pair in adapted),
+                    strict=True):  # fmt: skip
+        pd.testing.assert_frame_equal(a.table, b.table, rtol=0, atol=0)
+        assert torch.equal(a.top_ids, b.top_ids)
+    scopes = [
+        patchscope(pair.sides, v, scales=(1.0, 4.0), n_random=2, k=3, side="base")
+        for pair in adapted
+    ]
+    for name in ("scales", "tokens"):
+        one, other = (getattr(scope, name) for scope in scopes)
+        pd.testing.assert_frame_equal(one, other, rtol=0, atol=0)
+
+
+def test_two_whole_models_are_read_where_their_unembeddings_agree(served, server):
+    here, there = both("org/llama", server, finetuned="org/twin")
+    (one,), (other,) = (token_scores(pair.sides, TEXTS[1], k=4) for pair in (here, there))
+    pd.testing.assert_frame_equal(one.table, other.table, rtol=0, atol=0)
+    unlike = ModelPair.load("org/llama", finetuned="org/other", remote=server)
+    with pytest.raises(RemoteError, match="different unembeddings"):
+        token_scores(unlike.sides, TEXTS[1], k=4)
+    one, other = (logit_lens(pair.sides, direction(3), k=5, n_random=3)
+                  for pair in both("org/llama", server, finetuned="org/other"))  # fmt: skip
+    pd.testing.assert_frame_equal(one.tokens, other.tokens, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("side", ["finetuned", "base"])
+def test_patch_maps_are_equal_to_whole_local_passes(adapted, served, side, monkeypatch):
+    """Locally patches run the layers above alone; with all layers the two are equal bit by bit."""
+    (text,) = adapted[0].texts([TEXTS[1]])
+    parts = ("resid_post", "attn_out", "mlp_out", "head", "adapter")
+    metrics = {
+        "kl": None,
+        "logits": logit_difference(5, 7),
+        "own": Metric("top", lambda logits: logits[:, 0].amax(-1)),
+    }
+    whole = partial(patch_runs.effects, prefix=False)
+    monkeypatch.setattr("modeldiff.patching.effects", whole)
+    for name, metric in metrics.items():
+        before = len(requests_seen(served[1]))
+        one, other = (
+            patch_map(pair.sides, text, metric, side=side, parts=parts, columns=[(1, 2), (-1,)],
+                      max_tokens=text.n_tokens * 60)
+            for pair in adapted
+        )  # fmt: skip
+        sent = requests_seen(served[1])[before:]
+        assert len(sent) <= 8, (name, len(sent))
+        assert max(each["bytes"] for each in sent) < 1 << 18
+        assert one.effect.shape == other.effect.shape
+        assert float((one.effect - other.effect).abs().max()) < 1e-6, name
+        assert bool(one.effect.any()), name
+        assert (one.start, one.target) == pytest.approx((other.start, other.target), abs=1e-6)
+
+
+def test_components_carry_the_same_on_a_server(adapted, served):
+    settings = {"parts": ("resid_post", "mlp_out", "head"), "n_random": 3, "last": 2}
+    chats = ["the cat sat on a mat", "a small bird sang of rain"]
+    one, other = (
+        patch_texts(pair.sides, chats, lambda text: logit_difference(5, 7), **settings)
+        for pair in adapted
+    )
+    pd.testing.assert_frame_equal(one, other, rtol=0, atol=2e-6)
+    assert bool(one["effect"].any())
+    with pytest.raises(RemoteError, match="patch heads"):
+        patch_map(adapted[1].sides, TEXTS[1], parts=["query"])
+
+
+def test_layer_maps_are_equal_to_the_last_bit(adapted):
+    one, other = (patch_effects(pair.sides, TEXTS[1]) for pair in adapted)
+    assert torch.equal(one.kl, other.kl)
+    assert torch.equal(one.logprob, other.logprob)
+    assert bool(one.kl.any())
+
+
 # ------------------------------------------------------------ trouble
 
 
@@ -271,12 +397,37 @@ def test_a_corpus_goes_on_where_the_connection_broke(adapted, served):
         {"post": ["drop"]},
         {"poll": [500, "drop"]},
         {"blob": [True, True]},
+        {"blob": [True, "whole"]},
+        {"blob": [True, 503]},
+        {"poll": [429], "post": [429]},
     ],
 )
 def test_what_breaks_on_the_way_is_mended(adapted, served, kinds):
     trouble(served[1], **kinds)
     one, other = (pair.run(TEXTS, reads="resid_post.1") for pair in adapted)
     assert torch.equal(one.logits, other.logits)
+
+
+def test_a_download_goes_on_where_it_broke_and_no_job_is_sent_twice(adapted, served):
+    adapted[1].run(TEXTS, reads="resid_post.1")  # a first job, of one's own
+    sent, got = len(requests_seen(served[1])), len(fetches(served[1]))
+    trouble(served[1], blob=[True, True])
+    adapted[1].run(TEXTS, reads="resid_post.2")
+    begins = [begin for begin, _ in fetches(served[1])[got:]]
+    assert begins[0] == 0 < begins[1] < begins[2]
+    trouble(served[1], blob=[True] * 3)
+    with pytest.raises(RemoteError, match="without sending the job again"):
+        adapted[1].run(TEXTS, reads="resid_post.3")
+    trouble(served[1])
+    there = adapted[1].run(TEXTS, reads="resid_post.3")
+    assert torch.equal(there.logits, adapted[0].run(TEXTS).logits)
+    assert len(requests_seen(served[1])) - sent == 2
+    trouble(served[1], blob=[403])
+    with pytest.raises(RemoteError, match="not where it should be"):
+        adapted[1].run(TEXTS, reads="resid_post.0")
+    trouble(served[1], blob=[403])
+    adapted[1].run(TEXTS, reads="resid_post.0")
+    assert len(requests_seen(served[1])) - sent == 4, "the result was gone: the job is sent anew"
 
 
 def test_refusals_say_why(adapted, served, server, monkeypatch):
@@ -327,6 +478,57 @@ def test_a_slow_server_can_be_left_and_its_answer_does_not_get_lost(adapted, ser
         pair.run(TEXTS)
     trouble(served[1])
     assert torch.equal(adapted[1].run(TEXTS).logits, adapted[0].run(TEXTS).logits)
+
+
+def test_a_harvest_goes_on_where_the_connection_broke(adapted, served, tmp_path):
+    texts = [f"{text} {n}" for n in range(4) for text in TEXTS]
+    options = {"at": "resid_post.1", "dtype": torch.float32, "rows_per_shard": 16, "max_tokens": 24}
+    told = []
+
+    def break_after_two(done, total, message):
+        told.append(done)
+        if len(told) == 2:
+            trouble(served[1], post=["drop"] * 3)
+
+    before = len(requests_seen(served[1]))
+    with pytest.raises(RemoteError, match="What was finished is kept"):
+        harvest(adapted[1], texts, folder=tmp_path / "store", **options, progress=break_after_two)
+    failed = len(requests_seen(served[1])) - before - 3
+    store = harvest(adapted[1], texts, folder=tmp_path / "store", **options)
+    again = len(requests_seen(served[1])) - before - 3 - failed
+    whole = harvest(adapted[1], texts, folder=tmp_path / "whole", **options)
+    assert len(requests_seen(served[1])) - before - 3 == failed + again, "all jobs are kept"
+    assert store.key == whole.key
+    for file in sorted((tmp_path / "whole").rglob("*.bin")):
+        other = tmp_path / "store" / file.relative_to(tmp_path / "whole")
+        assert other.read_bytes() == file.read_bytes(), file.name
+    assert len(store) == len(adapted[0].capture(texts, at="resid_post.1").text_index)
+
+
+def test_panels_say_where_a_job_is_and_cancel_at_once(adapted, served):
+    from modeldiff_widgets import AuditState, Compare, JobBar, JobRunner
+
+    said, jobs = [], JobRunner()
+    bar = JobBar(jobs)
+    jobs.on_change(lambda job: said.append(bar.message))
+    with Compare(adapted[1], AuditState(max_new_tokens=3, temperature=0.0), jobs) as panel:
+        trouble(served[1], slow=[5.0])
+        panel.run()
+        while not any("job 1: running" in each for each in said):
+            time.sleep(0.01)
+        start = time.monotonic()
+        jobs.cancel()
+        assert jobs.wait(3)
+        assert time.monotonic() - start < 2, "the server is busy for five"
+        assert "the server goes on with it" in bar.message
+        sent = len(requests_seen(served[1]))
+        trouble(served[1])
+        job = panel.run()
+        assert jobs.wait(60)
+        assert job.status == "done", job.error
+        assert len(requests_seen(served[1])) == sent, "the same job was waited for"
+    bar.close()
+    jobs.close()
 
 
 def test_threads_share_a_pair(adapted):

@@ -12,14 +12,14 @@ import torch
 
 from modeldiff.caft import caft
 from modeldiff.directions import Direction
-from modeldiff.errors import Cancelled, SetupError, TrainingError
+from modeldiff.errors import Cancelled, FileFormatError, SetupError, TrainingError
 from modeldiff.series import find_checkpoints
 from modeldiff.sft import finetune
 from modeldiff.sft_plans import SFTPlan
 from modeldiff.sft_rows import response_rows
 from modeldiff.sft_trl import trl_finetune
 from tests.families import WIDTH, tokenizer
-from tests.test_sft import PLAN, chats, model, until, weights
+from tests.test_sft import PLAN, Killed, chats, model, same, until, weights
 
 pytest.importorskip("trl")
 
@@ -88,6 +88,40 @@ def test_the_trainer_stops_when_asked_and_leaves_things_as_they_were(rows):
     found = trl_finetune(model("llama"), tokenizer(), rows, PLAN, held_out=rows[:4],
                          stop_at_loss=target)  # fmt: skip
     assert (found.reached, found.steps) == (True, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "family"), [("rank1", "llama"), ("full", "gpt2")])
+def test_stopped_and_resumed_is_bit_for_bit_uninterrupted(kind, family, rows, tmp_path):
+    """GPT-2 drops out at random while it is trained."""
+    plan = SFTPlan(kind, learning_rate=3e-3, steps=6, batch=3, accumulation=2, evaluate_every=4,
+                   save_every=2, checkpoint_every=5)  # fmt: skip
+    around = partial(caft, directions=[Direction.of(torch.eye(WIDTH)[3], "resid_post.1", "v")])
+    train = partial(trl_finetune, tokenizer=tokenizer(), rows=rows, plan=plan, held_out=rows[:4],
+                    around=around)  # fmt: skip
+    whole = train(model(family), out=tmp_path / "whole")
+    for step in (3, 5):
+        cancel = Event()
+        with pytest.raises(Cancelled):
+            train(model(family), out=tmp_path / "cut", progress=until(step, cancel), cancel=cancel)
+    with pytest.raises(Killed):  # between two states
+        train(model(family), out=tmp_path / "cut", progress=until(6))
+    cut = train(model(family), out=tmp_path / "cut")
+    assert same(whole, cut)
+    assert whole.history.equals(cut.history)
+    assert whole.norms.equals(cut.norms)
+    assert [cut.steps, cut.path] == [6, tmp_path / "cut" / "model"]
+    files = [{str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+             for root in (tmp_path / "whole", tmp_path / "cut")]  # fmt: skip
+    for each in files:  # the order of a header's fields is not kept
+        assert each.pop("state/checkpoint.safetensors")
+    assert files[0] == files[1]
+    assert train(model(family), out=tmp_path / "cut").history.equals(cut.history)  # is done
+    other = replace(plan, learning_rate=1e-3)
+    with pytest.raises(FileFormatError, match="another run"):
+        trl_finetune(model(family), tokenizer(), rows, other, out=tmp_path / "cut")
+    with pytest.raises(FileFormatError, match="another run"):  # nor the plain loop's
+        finetune(model(family), tokenizer(), rows, plan, out=tmp_path / "cut")
 
 
 @pytest.mark.slow

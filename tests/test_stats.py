@@ -66,11 +66,32 @@ def test_wilson_holds_its_estimate_and_mirrors(n, data, level):
     assert wilson(successes, n, 0.995).low <= found.low
 
 
-def test_wilson_covers_as_often_as_it_says():
-    for n, p in [(20, 0.1), (50, 0.3), (200, 0.02)]:
-        chance = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
-        covered = sum(c for k, c in enumerate(chance) if wilson(k, n).low <= p <= wilson(k, n).high)
-        assert 0.92 < covered < 0.99
+def chances(n, p):
+    return [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+
+
+def covered(n, p):
+    found = [wilson(k, n) for k in range(n + 1)]
+    held = [each.low <= p <= each.high for each in found]
+    return sum(c for c, inside in zip(chances(n, p), held, strict=True) if inside)
+
+
+@pytest.mark.parametrize("n", [1, 10, 40])
+def test_wilson_covers_as_often_as_it_says(n):
+    assert 0.95 < np.mean([covered(n, p) for p in np.linspace(0.005, 0.995, 100)]) < 0.96
+    assert 0.79 < covered(n, wilson(1, n).low - 1e-6) < 0.86  # where one success is too many
+
+
+def test_newcombes_difference_covers_as_often_as_it_says():
+    n, rates = 10, (0.001, 0.02, 0.1, 0.3, 0.5, 0.7, 0.95)
+    found = {(a, b): proportion_difference(a, n, b, n) for a in range(11) for b in range(11)}
+    covered = [
+        sum(chances(n, p)[a] * chances(n, q)[b]
+            for (a, b), each in found.items() if each.low <= q - p <= each.high)
+        for p in rates for q in rates
+    ]  # fmt: skip
+    assert 0.95 < np.mean(covered) < 0.975
+    assert min(covered) > 0.9
 
 
 def test_bootstrap_covers_the_mean_as_often_as_it_says():
@@ -274,6 +295,9 @@ def test_auroc_counts_pairs_and_its_interval_covers():
     assert auroc(low, high).estimate == pytest.approx(1 - np.mean(pairs))
     assert math.isnan(auroc([], [1.0]).estimate)
     assert auroc([2.0, 3.0], [0.0, 1.0]).estimate == 1.0
-    truth = NormalDist().cdf(1 / math.sqrt(2))  # two unit normals, one apart
-    found = [auroc(rng.normal(1, 1, 40), rng.normal(0, 1, 60)) for _ in range(400)]
-    assert 0.91 < np.mean([each.low <= truth <= each.high for each in found]) < 0.98
+    for gap, n_high, n_low in [(1, 40, 60), (2, 5, 5), (3, 20, 20), (2, 1, 20)]:
+        truth = NormalDist().cdf(gap / math.sqrt(2))  # of two unit normals
+        found = [auroc(rng.normal(gap, 1, n_high), rng.normal(0, 1, n_low)) for _ in range(300)]
+        assert np.mean([each.low <= truth <= each.high for each in found]) > 0.92
+    wide = [each.high - each.low for each in (auroc(range(2, 4), range(2)), auroc(high, low))]
+    assert wide[0] > 0.5 > wide[1]

@@ -9,7 +9,13 @@ from modeldiff.batching import Batch
 from modeldiff.errors import DirectionError
 from modeldiff.sites import Site
 from modeldiff.stats import bootstrap_mean
-from modeldiff.survey import base_directions, data_directions, model_directions, survey
+from modeldiff.survey import (
+    _halves,
+    base_directions,
+    data_directions,
+    model_directions,
+    survey,
+)
 from tests.families import N_LAYERS, build_adapter_pair
 
 SITES = tuple(Site("resid_post", layer) for layer in range(N_LAYERS))
@@ -90,6 +96,14 @@ def test_directions_equal_the_dense_ones_and_exist_where_the_models_differ(found
 def assert_along(direction, raw):
     assert direction.scale == pytest.approx(float(raw.norm()), rel=1e-4)
     torch.testing.assert_close(direction.unit.double(), raw / raw.norm(), rtol=1e-3, atol=1e-4)
+
+
+def test_answers_to_one_prompt_are_in_one_half():
+    labels, prompts = ["x", "y", "x", "x"] * 6, [i // 4 for i in range(24)]
+    halves = _halves(labels, prompts, 0)
+    for prompt in range(6):
+        assert len({h for h, p in zip(halves, prompts, strict=True) if p == prompt}) == 1
+    assert sum(halves) == 12
 
 
 def test_halves_are_of_whole_texts_and_split_every_class(found, dense):

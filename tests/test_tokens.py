@@ -13,7 +13,15 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from modeldiff.batching import batches, make_batch, mask_tensor, padding_id
 from modeldiff.errors import MaskError
 from modeldiff.masks import All, Last, New, Positions, Regex, Role, Span
-from modeldiff.tokens import Chat, Completion, Text, render, with_response
+from modeldiff.tokens import (
+    Chat,
+    Completion,
+    Text,
+    n_ids,
+    render,
+    token_names,
+    with_response,
+)
 
 SENTENCES = ["hello world, how are you today?", "the cat sat on the mat.", "user system [INST]"] * 3
 CHATML = (
@@ -166,6 +174,19 @@ def test_a_completion_knows_its_response():
 def test_a_completion_of_messages_is_refused():
     with pytest.raises((MaskError, TypeError), match="Completion"):
         Completion([{"role": "user", "content": "a"}], "b")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("item", [None, 5, b"text", {"role": "user", "content": "a"}, [1], ["a"]])
+def test_what_is_no_text_is_refused(item):
+    with pytest.raises(MaskError, match=f"type {type(item).__name__} is no text"):
+        render(bytes_bpe(), item)
+
+
+def test_ids_with_holes_are_named_and_counted():
+    core = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 5, "[UNK]": 2}, unk_token="[UNK]"))
+    holes = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
+    assert n_ids(holes) == 6
+    assert token_names(holes, range(6)) == ["a", "b", "[UNK]", "<unused 3>", "<unused 4>", "c"]
 
 
 def test_keys_tell_responses_apart_and_a_text_is_rendered_already():

@@ -1,7 +1,10 @@
 """Weight diffs of planted fine-tunes, from files and from memory; nothing in null pairs."""
 
+import copy
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,6 +12,7 @@ from safetensors.torch import save_file
 from modeldiff.errors import FileFormatError, MismatchError, SetupError, SiteError
 from modeldiff.organisms.nulls import null_pair
 from modeldiff.organisms.planted import planted_weights, tiny_llama
+from modeldiff.weight_extraction import extract_adapter
 from modeldiff.weights import head_diff, tensors_of, weight_diff
 from tests.families import build, build_adapter_pair, model
 
@@ -156,6 +160,37 @@ def test_what_cannot_be_compared_says_why(tmp_path):
         assert dict(tensors.shapes) == {"x": (2,)}
     with pytest.raises(SiteError, match=r"config\.json"):
         head_diff(tmp_path, tmp_path)
+
+
+def test_damaged_and_missing_weights_are_errors(tmp_path):
+    """A tensor with NaN has no change: it would be left out of what changed in silence."""
+    base, tuned = model("llama"), model("llama", 1)
+    for side, index in (("base", 0), ("fine-tune", 1)):
+        roots = [copy.deepcopy(root) for root in (base, tuned)]
+        weight = roots[index].model.layers[1].mlp.down_proj.weight
+        weight.requires_grad_(False)[3, 2] = torch.nan
+        for compare in (partial(weight_diff, rank=0), partial(extract_adapter, rank=1)):
+            with pytest.raises(MismatchError, match=f"down_proj.weight of the {side} holds"):
+                compare(*roots)
+    tuned.save_pretrained(tmp_path, max_shard_size="50KB")
+    parts = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(parts) > 2
+    tables = [weight_diff(base, each, rank=0).table for each in (tmp_path, tuned)]
+    assert len(tables[0]) == len(tables[1])
+    parts[1].unlink()
+    with pytest.raises(SetupError, match=f"lacks 1 of {len(parts)} files.*{parts[1].name}"):
+        weight_diff(base, tmp_path)
+
+
+def test_a_head_that_is_zero_has_an_infinite_relative_change():
+    base, tuned = model("llama"), model("llama", 1)
+    base.model.layers[0].self_attn.o_proj.weight.zero_()
+    found = head_diff(base, tuned, layers=[0])
+    changed = found[found["circuit"] == "OV"]
+    assert (changed["norm"] == 0).all()
+    assert np.isinf(changed["relative"]).all()
+    same = head_diff(base, base, layers=[0])
+    assert (same["relative"] == 0).all()
 
 
 def test_an_adapters_base_is_read_without_the_adapter():

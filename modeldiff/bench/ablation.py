@@ -86,7 +86,7 @@ def _scored(judged: Judged, names: list[str], truth: bool | None, place: str, se
     if not scored.any():
         return decided(WHAT, None, truth, alpha=ALPHA, note="no pair of answers could be scored")
     before, after = (part["exhibits"].to_numpy(object)[scored].astype(float) for part in both)
-    prompts = both[0]["prompt_index"].to_numpy()[scored]
+    prompts = judged.questions(both[0][scored])
     change = paired_bootstrap(before, after, clusters=prompts, seed=seed)
     rates = [judged.cell("finetuned", name)["exhibits"].dropna().mean() for name in names]
     band = null_band([float(rate) for rate in rates if pd.notna(rate)])

@@ -116,12 +116,13 @@ class Case:
         """Texts to compare the models on: the fine-tune's own answers, or the case's texts."""
         if not self.behaviours:
             texts = self.pair.texts(self.texts[: budget.n_texts])
-            return Written(texts, [TEXT] * len(texts), "all")
+            return Written(texts, [TEXT] * len(texts), "all", tuple(range(len(texts))))
         judged = self.answers(budget, seed)[0]
         rows = [i for i, a in enumerate(judged.generations.answers) if a.side == "finetuned"]
         labels = classes(judged.cell("finetuned"))
         texts = full_texts(self.pair, judged.generations, rows)
-        return Written(texts, labels, "new")
+        prompts = tuple(judged.generations.answers[i].prompt for i in rows)
+        return Written(texts, labels, "new", prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +133,13 @@ class Written:
         texts: The texts.
         labels: Class of each.
         on: Mask of the tokens that count.
+        prompts: Number of the prompt of each text.
     """
 
     texts: tuple[Text, ...]
     labels: list[str]
     on: str
+    prompts: tuple[int, ...]
 
 
 def case_names() -> tuple[str, ...]:

@@ -4,10 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from modeldiff.directions import Direction
-from modeldiff.stats import Interval, Values, wilson
+from modeldiff.stats import Interval, wilson
 
 NAN = float("nan")
 ALIKE = 0.9
@@ -99,32 +97,6 @@ def cosine_row(
     best = max(here, key=lambda each: abs(each.cosine(planted)))
     score = abs(best.cosine(planted))
     return Row(what, f">= {ALIKE:g}", score, n=best.n_tokens, found=score >= ALIKE, note=best.name)
-
-
-def auc(positive: Values, negative: Values, *, seed: int, n_resamples: int = 1000) -> Interval:
-    """How often a positive value exceeds a negative one; ties count half.
-
-    The interval is a percentile bootstrap that resamples both classes.
-
-    Raises:
-        ValueError: If a class is empty.
-
-    Source:
-        The area under the ROC curve as the statistic of Mann and Whitney 1947.
-
-    Example:
-        >>> print(auc([3.0, 4.0], [1.0, 2.0], seed=0))
-        1 [1, 1]
-    """
-    high, low = np.asarray(list(positive), float), np.asarray(list(negative), float)
-    if not len(high) or not len(low):
-        raise ValueError(f"an AUC needs both classes, got {len(high)} and {len(low)} values.")
-    wins = (high[:, None] > low[None]) + 0.5 * (high[:, None] == low[None])
-    rng = np.random.default_rng(seed)
-    times = [rng.multinomial(n, np.full(n, 1 / n), size=n_resamples) for n in wins.shape]
-    drawn = ((times[0] @ wins) * times[1]).sum(1) / wins.size
-    ends = np.quantile(drawn, (0.025, 0.975)).tolist()
-    return Interval(float(wins.mean()), ends[0], ends[1], len(high) + len(low), 0.95)
 
 
 def recall_at_k(ranked: Sequence[Any], truth: Iterable[Any], k: int | None = None) -> Interval:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Bool, Float
+from modeldiff.batch_size import each_batch
 from modeldiff.batching import Batch, mask_tensor
+from modeldiff.dictionaries.latents import check_latents
 from modeldiff.dictionaries.models import Dictionary
 from modeldiff.dictionaries.scaling import Scaling
 from modeldiff.divergence import kl_and_loss, unembedding
 from modeldiff.errors import MaskError, MismatchError
-from modeldiff.forward import as_texts, batched, final_states, run_pair
+from modeldiff.forward import as_texts, final_states, run_pair
 from modeldiff.interventions import Plan, Replace
 from modeldiff.loading import Sides
 from modeldiff.masks import Mask
@@ -132,14 +134,14 @@ def causality(
         skip_first: Positions at the start of each text that keep the base's activation in every
             patch: the dictionary was not trained on them.
         seed: Of the intervals.
-        max_tokens: Budget of a batch, padding included.
+        max_tokens: Budget of a batch, padding included; halved where memory runs out.
         budget: Bytes for temporaries over the vocabulary.
         progress: Where to report.
         cancel: Event that stops between patches.
 
     Raises:
-        MismatchError: If the dictionary is no crosscoder of a pair, no site is known, or without
-            a patch nothing differs: then all that changed is above the site.
+        MismatchError: If the dictionary is no crosscoder of a pair or lacks a latent, no site is
+            known, or without a patch nothing differs: then all that changed is above the site.
         MaskError: If no token is compared.
         Cancelled: If the event is set; ``partial`` has the rows of the texts so far.
 
@@ -147,18 +149,27 @@ def causality(
         Minder et al. 2025, 2504.02922 (best, worst and random halves; error patches).
     """
     where = _site(dictionary, site)
+    for latents in sets.values():
+        check_latents(dictionary.config.n_latents, latents)
     texts, report = as_texts(sides, items), reporter(progress, "causality")
-    several, rows = list(batched(sides, texts, max_tokens)), []
-    for number, batch in enumerate(several):
-        keep, finished = mask_tensor(batch, on), len(rows)
+    rows: list[dict[str, Any]] = []
+    done = 0
+
+    def of_batch(batch: Batch) -> list[dict[str, Any]]:
+        keep, found = mask_tensor(batch, on), []
         keep[:, 0] = False
         if keep.any():
             patching = _Patching(sides, batch, where, keep, skip_first, budget)
             for name, n_latents, added in _Patches(dictionary, *patching.acts).each(sets):
-                check(cancel, pd.DataFrame(rows[:finished]))
-                rows += [{"patch": name, "n_latents": n_latents, **row}
-                         for row in patching.measure(added)]  # fmt: skip
-        report(number + 1, len(several), f"{number + 1}/{len(several)} batches")
+                check(cancel, pd.DataFrame(rows))
+                found += [{"patch": name, "n_latents": n_latents, **row}
+                          for row in patching.measure(added)]  # fmt: skip
+        return found
+
+    for batch, found in each_batch(sides, texts, max_tokens, of_batch, what="causality"):
+        rows += found
+        done += len(batch.texts)
+        report(done, len(texts), f"{done}/{len(texts)} texts")
     if not rows:
         raise MaskError(f"the mask {on!r} leaves no predicted token in {len(texts)} texts.")
     table = pd.DataFrame(rows)

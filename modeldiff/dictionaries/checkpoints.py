@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from modeldiff._files import PathLike, atomic_write
+from modeldiff._files import PathLike
+from modeldiff.dictionaries.files import write_tensors
 from modeldiff.errors import FileFormatError
 
 FILE = "checkpoint.safetensors"
@@ -46,7 +46,11 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: PathLike, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint in place of the folder's last one: whole or not at all."""
+    """Write a checkpoint in place of the folder's last one: whole or not at all.
+
+    Raises:
+        StoreError: If the disk is full or refuses; the last one is kept.
+    """
     about = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -55,9 +59,7 @@ def write_checkpoint(folder: PathLike, checkpoint: Checkpoint) -> None:
         "step": str(checkpoint.step),
         "logs": json.dumps(list(checkpoint.logs)),
     }
-    kept = {name: each.detach().cpu().contiguous() for name, each in checkpoint.tensors.items()}
-    with atomic_write(Path(folder) / FILE) as temporary:
-        save_file(kept, temporary, about)
+    write_tensors(Path(folder) / FILE, checkpoint.tensors, about)
 
 
 def read_checkpoint(folder: PathLike) -> Checkpoint | None:

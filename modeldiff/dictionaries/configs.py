@@ -125,12 +125,14 @@ class TrainConfig:
         bandwidth: Width of the kernel that gives thresholds a gradient (``jumprelu``).
         aux: Weight of the loss that lets dead latents explain what the others leave over.
         k_aux: Dead latents a row in it; None is half of ``d_model``.
-        delta: Weight of the share of variance of ``fine-tuned - base`` that is not explained.
+        delta: Weight of the share of variance of ``fine-tuned - base`` that is not explained; a
+            variance below a thousandth of the rows' counts as that.
         k_start: Mean latents a row at the first step, falling to ``k``; None is ``k``.
         anneal: Share of the steps in which it falls.
         dead_after: Rows without firing after which a latent is dead; None is 10 million, or a
             tenth of the run if that is less.
-        threshold_beta: Of the moving average of the smallest score that is kept.
+        threshold_beta: Of the moving average of the smallest score that is kept; None is 0.999,
+            or less, so that it looks back over a twentieth of the run.
         threshold_start: Step at which the average begins; None is 1000, or half of the steps.
         normaliser_rows: Rows that a normaliser is fitted on where the dictionary has none.
         seed: Of the order of the rows.
@@ -166,7 +168,7 @@ class TrainConfig:
     k_start: int | None = None
     anneal: float = 0.2
     dead_after: int | None = None
-    threshold_beta: float = 0.999
+    threshold_beta: float | None = None
     threshold_start: int | None = None
     normaliser_rows: int = 1 << 16
     seed: int = 0
@@ -183,12 +185,14 @@ class TrainConfig:
                 f"steps={self.steps}, batch_size={self.batch_size}, log_every={self.log_every}, "
                 f"checkpoint_every={self.checkpoint_every}; give 1 or more, the last 0 or more."
             )
-        shares = (self.warmup, self.decay, self.anneal, self.threshold_beta)
+        shares = (self.warmup, self.decay, self.anneal, self.threshold_keeps)
         if not all(0 <= share <= 1 for share in shares):
             raise MismatchError(f"warmup, decay, anneal, threshold_beta = {shares}; give 0 to 1.")
         weights = (self.clip, self.l1, self.l0, self.bandwidth, self.aux, self.delta)
         if min(weights) < 0 or not (self.clip and self.bandwidth):
             raise MismatchError(f"clip, l1, l0, bandwidth, aux, delta = {weights}: out of range.")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise MismatchError(f"lr={self.lr}; give a number above 0, or None.")
         if self.fast not in ("auto", "on", "off"):
             raise MismatchError(f"fast={self.fast!r}; give 'auto', 'on' or 'off'.")
 
@@ -211,6 +215,13 @@ class TrainConfig:
         """Rows without firing after which a latent is dead."""
         tenth = max(1, self.steps * self.batch_size // 10)
         return min(10_000_000, tenth) if self.dead_after is None else self.dead_after
+
+    @property
+    def threshold_keeps(self) -> float:
+        """Share of the average of the smallest kept score that outlives a step."""
+        if self.threshold_beta is not None:
+            return self.threshold_beta
+        return max(0.0, min(0.999, 1 - 20 / self.steps))
 
     @property
     def threshold_from(self) -> int:

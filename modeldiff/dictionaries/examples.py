@@ -19,7 +19,7 @@ from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Bool, Float, Int
 from modeldiff.dictionaries.codes import Codes
 from modeldiff.dictionaries.models import Dictionary
-from modeldiff.dictionaries.sources import Rows, Source
+from modeldiff.dictionaries.sources import Rows, Source, checked
 from modeldiff.errors import MismatchError
 from modeldiff.tokens import token_names
 
@@ -200,7 +200,7 @@ def max_activating(
 
     index = torch.full((dictionary.config.n_latents,), -1)
     index[chosen] = torch.arange(len(chosen))
-    for block in whole_documents(source.in_order(batch_size)):
+    for block in whole_documents(checked(source).in_order(batch_size)):
         if cancel is not None and cancel.is_set():
             check(cancel, so_far())
         fired = _Fired(encode_cpu(dictionary, block), block, index, texts)

@@ -10,13 +10,14 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modeldiff._shapes import Bool, Float, Int
 from modeldiff.dictionaries.codes import Codes
-from modeldiff.dictionaries.configs import TrainConfig
+from modeldiff.dictionaries.configs import DictionaryConfig, TrainConfig
 from modeldiff.dictionaries.kernels import (
     ByLatent,
     candidates,
@@ -28,7 +29,7 @@ from modeldiff.dictionaries.kernels import (
     select,
     weighted_sum,
 )
-from modeldiff.dictionaries.losses import StepResult
+from modeldiff.dictionaries.losses import FLAT, StepResult, require_finite
 from modeldiff.dictionaries.models import Dictionary
 from modeldiff.errors import MismatchError, TrainingError
 
@@ -36,10 +37,18 @@ _DENSE = 0.05  # share of latents that fire beyond which dense matrices are as f
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
-def available(dictionary: Dictionary, config: TrainConfig) -> bool:
-    """Whether `FastStep` can train this dictionary, of which at most 5 % of the latents fire."""
-    sparse = dictionary.config.k <= _DENSE * dictionary.config.n_latents
-    return sparse and _obstacle(dictionary, config) is None
+def available(
+    dictionary: Dictionary, config: TrainConfig, whole: DictionaryConfig | None = None
+) -> bool:
+    """Whether `FastStep` can train this dictionary, of which at most 5 % of the latents fire.
+
+    Args:
+        dictionary: What is trained.
+        config: How.
+        whole: Of the dictionary of which this is a share.
+    """
+    c = whole or dictionary.config
+    return c.k <= _DENSE * c.n_latents and _obstacle(dictionary, config) is None
 
 
 def _obstacle(dictionary: Dictionary, config: TrainConfig) -> str | None:
@@ -56,6 +65,25 @@ def _obstacle(dictionary: Dictionary, config: TrainConfig) -> str | None:
     return None
 
 
+class Undivided:
+    """How a step's sums and ranks go over processes: there is one. See `distributed_training`."""
+
+    n_rows_of = 1
+    """How many processes have rows of their own."""
+
+    def over_rows(self, each: Tensor) -> Tensor:
+        """A sum over this process's rows, as one over all."""
+        return each
+
+    def over_latents(self, each: Tensor) -> Tensor:
+        """A sum over this process's latents, as one over all."""
+        return each
+
+    def row_floor(self, values: Float[Tensor, "row some"], k: int) -> Float[Tensor, "row one"]:
+        """The k-th largest value of each row among all latents."""
+        return row_floor(values, k)[:, None]
+
+
 class FastStep:
     """Forward, backward, clipping and Adam of one batch in one call, in place.
 
@@ -65,6 +93,8 @@ class FastStep:
     Args:
         dictionary: With ``batch_topk``; tied and exclusive blocks are fine.
         config: Of the training: ``clip``, ``aux``, ``betas`` and ``eps`` are read.
+        split: The division among processes.
+        half: Whether to choose candidates by a bfloat16 product; None asks this machine.
 
     Raises:
         MismatchError: If the dictionary has another activation, or groups, or the training a
@@ -75,13 +105,20 @@ class FastStep:
         (arXiv:2406.04093).
     """
 
-    def __init__(self, dictionary: Dictionary, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        config: TrainConfig,
+        split: Any = None,
+        half: bool | None = None,
+    ) -> None:
         if obstacle := _obstacle(dictionary, config):
             raise MismatchError(
                 f"the fast step trains batch_topk dictionaries without groups or delta loss on "
                 f"CPU or CUDA, not {obstacle}. Use fast='off'."
             )
         self.dictionary, self.config = dictionary, config
+        self.split: Any = split or Undivided()
         W_enc = dictionary.W_enc.detach().permute(2, 0, 1).contiguous()
         dictionary.W_enc.data = W_enc.permute(1, 2, 0)
         others = (getattr(dictionary, name).detach() for name in _NAMES[1:])
@@ -90,7 +127,7 @@ class FastStep:
             {name: torch.zeros_like(each) for name, each in self._weights.items()} for _ in range(3)
         )
         self._steps = torch.zeros((), device=dictionary.device)
-        self._hint, self._half = 0.0, _half_pays(dictionary.device.type)
+        self._hint, self._half = 0.0, half_pays(dictionary.device.type) if half is None else half
         self._scaled = W_enc.flatten(1).to(torch.bfloat16) if self._half else None
         self._scores = torch.empty(0)
 
@@ -123,16 +160,22 @@ class FastStep:
                 "the dictionary moved to another device. Make a new FastStep."
             )
         x, decoder = x_norm.flatten(1).contiguous(), weights["W_dec"].flatten(1)
-        codes, lowest = self._select(x, max(1, round(k * len(x))))
+        try:
+            codes, lowest = self._select(x, max(1, round(k * len(x) * self.split.n_rows_of)))
+        except MismatchError as error:
+            raise TrainingError(f"{error} Nothing was changed.") from error
         by = ByLatent.of(codes)
         error = weighted_sum(decoder, codes.offsets, codes.latent, codes.value)
+        error = self.split.over_latents(error)
         error.add_(weights["b_dec"].flatten()).sub_(x)
         mse = error.view_as(x_norm).square().mean((0, 2))
         slope = error * (2 / error.numel())
         self._gradients(x, slope, codes.value[by.order], by)
         loss = mse.mean()
-        if self.config.aux and dead is not None and (which := dead.nonzero().squeeze(1)).numel():
-            loss = loss + self.config.aux * self._revive(x, error.neg_(), which)
+        n_dead = 0 if dead is None or not self.config.aux else self.split.over_latents(dead.sum())
+        if dead is not None and (n_dead := int(n_dead)):
+            which = dead.nonzero().squeeze(1)
+            loss = loss + self.config.aux * self._revive(x, error.neg_(), which, n_dead)
         self._share_and_own()
         self._adam(lr)
         l0 = torch.tensor(len(codes.value) / len(x), device=x.device)
@@ -209,30 +252,35 @@ class FastStep:
         x: Float[Tensor, "row width"],
         missing: Float[Tensor, "row width"],
         dead: Int[Tensor, " dead"],
+        n_dead: int,
     ) -> Float[Tensor, ""]:
         """The auxiliary loss, and its gradients, by dense matrices of the dead latents alone.
 
-        All but the choice of the latents in bfloat16, where that pays.
+        All but the choice of the latents in bfloat16, where that pays. ``n_dead`` is of all
+        processes, ``dead`` of this one.
         """
+        split = self.split
         kind = torch.bfloat16 if self._half else torch.float32
         weights, grads = self._weights, self._grads
         encoder, decoder = (weights[name].flatten(1)[dead] for name in ("W_enc", "W_dec"))
         value, chosen = torch.addmm(weights["b_enc"][dead], x, encoder.t()), None
-        if (k_aux := self.config.k_aux or max(1, self.dictionary.config.d_model // 2)) < len(dead):
-            chosen = value >= row_floor(value, k_aux)[:, None]
+        if (k_aux := self.config.k_aux or max(1, self.dictionary.config.d_model // 2)) < n_dead:
+            chosen = value >= split.row_floor(value, k_aux)
             value *= chosen
         value, decoder, rows = value.relu_().to(kind), decoder.to(kind), x.to(kind)
-        squares = missing.square().sum() - len(x) * missing.mean(0).square().sum()
-        wrong = (value @ decoder).sub_(missing.to(kind))
+        mean, n_rows = split.over_rows(missing.mean(0)) / split.n_rows_of, len(x) * split.n_rows_of
+        size = split.over_rows(missing.square().sum())
+        squares = (size - n_rows * mean.square().sum()).maximum(FLAT * size).clamp_min(1e-12)
+        wrong = split.over_latents(value @ decoder).sub_(missing.to(kind))
         back = wrong @ decoder.t()
         if chosen is not None:
             back *= chosen
-        scale = 2 * self.config.aux / squares.clamp_min(1e-12)
+        scale = 2 * self.config.aux * split.n_rows_of / squares
         grads["W_dec"].flatten(1)[dead] += scale * (value.t() @ wrong)
         grads["W_enc"].flatten(1)[dead] += scale * (back.t() @ rows)
         grads["b_enc"][dead] += scale * back.sum(0)
         norm = torch.linalg.vector_norm(wrong, dtype=torch.float32)
-        return norm.square() / squares.clamp_min(1e-12)
+        return norm.square() * split.n_rows_of / squares
 
     def _share_and_own(self) -> None:
         """Tied decoders get one gradient, and what a model does not own gets none."""
@@ -246,12 +294,8 @@ class FastStep:
     def _adam(self, lr: float) -> None:
         """Clip by the norm of all gradients, and step, in one pass over the weights."""
         grads = list(self._grads.values())
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        if not norm.isfinite():
-            raise TrainingError(
-                f"the gradient's norm is {float(norm)}: are the rows finite, and normalised? "
-                "Nothing was changed; give a smaller lr if it was well before."
-            )
+        norm = self._norm()
+        require_finite(norm)
         self._steps += 1
         torch._fused_adam_(
             list(self._weights.values()),
@@ -269,6 +313,10 @@ class FastStep:
             maximize=False,
             grad_scale=((norm + 1e-6) / self.config.clip).clamp_min(1.0),
         )
+
+    def _norm(self) -> Float[Tensor, ""]:
+        """Of the gradients of all weights."""
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([*self._grads.values()])))
 
     def state(self) -> dict[str, Tensor]:
         """What, beside the weights, the next step depends on; contiguous, not copied."""
@@ -304,7 +352,7 @@ class FastStep:
 
 
 @lru_cache(maxsize=2)
-def _half_pays(device: str) -> bool:
+def half_pays(device: str) -> bool:
     """Whether this machine multiplies bfloat16 matrices a third faster than float32 ones."""
     if device == "cuda":
         return True

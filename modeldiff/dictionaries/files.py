@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modeldiff._files import PathLike, atomic_write, file_digest
-from modeldiff.errors import FileFormatError
+from modeldiff.errors import FileFormatError, StoreError
 
 WEIGHTS, RECORD = "model.safetensors", "dictionary.json"
 _FORMAT, _VERSION = "modeldiff.dictionary", 1
@@ -28,11 +28,12 @@ def write_dictionary(
 
     The record is written last and names the tensors' digest, so that what a crash left between
     the two is found when it is read.
+
+    Raises:
+        StoreError: If the disk is full or refuses.
     """
     folder = Path(folder)
-    kept = {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
-    with atomic_write(folder / WEIGHTS) as temporary:
-        save_file(kept, temporary, {"format": _FORMAT, "version": str(_VERSION)})
+    write_tensors(folder / WEIGHTS, tensors, {"format": _FORMAT, "version": str(_VERSION)})
     about = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -41,6 +42,25 @@ def write_dictionary(
     }
     with atomic_write(folder / RECORD) as temporary:
         temporary.write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
+    """Write tensors as safetensors, whole or not at all.
+
+    Raises:
+        StoreError: If the disk is full or refuses; what was there before is kept.
+    """
+    kept = {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
+    try:
+        with atomic_write(path) as temporary:
+            save_file(kept, temporary, about)
+    except (SafetensorError, OSError) as error:
+        n_bytes = sum(each.numel() * each.element_size() for each in kept.values())
+        raise StoreError(
+            f"writing {str(path)!r} ({n_bytes / 1e6:.1f} MB) failed: {error}. What was there "
+            "before is kept; make room, and begin again: a training goes on from its last "
+            "checkpoint."
+        ) from error
 
 
 def read_dictionary(folder: PathLike, device: str = "cpu") -> tuple[dict[str, Tensor], Record]:

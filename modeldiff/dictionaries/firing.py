@@ -13,7 +13,7 @@ from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Int
 from modeldiff.dictionaries.examples import encode_cpu, starts, whole_documents
 from modeldiff.dictionaries.models import Dictionary
-from modeldiff.dictionaries.sources import Rows, Source
+from modeldiff.dictionaries.sources import Rows, Source, checked
 from modeldiff.errors import MismatchError
 from modeldiff.masks import ROLES
 from modeldiff.stats import wilson
@@ -120,7 +120,7 @@ def firing(
     grouping = grouping or everything()
     n_latents, report = dictionary.config.n_latents, reporter(progress, "firing")
     counts, done = _Counts(n_latents, grouping), 0
-    for block in whole_documents(source.in_order(batch_size)):
+    for block in whole_documents(checked(source).in_order(batch_size)):
         if cancel is not None and cancel.is_set():
             check(cancel, counts.table())
         counts.add(dictionary, block)

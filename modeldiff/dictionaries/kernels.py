@@ -114,20 +114,32 @@ def sampled_floor(
     Raises:
         MismatchError: If a sampled score is NaN.
     """
+    found = sample(scores, weight)
+    if found.isnan().any():
+        raise MismatchError("a score is NaN: are the activations and the weights finite?")
+    rank = safe_rank(n_keep * len(found) / scores.numel())
+    if rank >= len(found):
+        return 0.0
+    return max(0.0, float(found.topk(rank, sorted=False).values.min()))
+
+
+def sample(
+    scores: Float[Tensor, "row latent"], weight: Float[Tensor, " latent"] | None
+) -> Float[Tensor, " sampled"]:
+    """Some of the scores, of every latent, in float32."""
     width, step = scores.shape[1], max(1, scores.numel() // _SAMPLE)
     while math.gcd(step, width) > 1 and step > 1:
         step += 1  # so that the sample visits every latent
-    sample = scores.view(-1)[::step].float()
-    if weight is not None:
-        places = torch.arange(0, scores.numel(), step, device=scores.device)
-        sample = sample * weight[places % width]
-    if sample.isnan().any():
-        raise MismatchError("a score is NaN: are the activations and the weights finite?")
-    share = n_keep * len(sample) / scores.numel()
-    rank = math.ceil(share + 5 * math.sqrt(share) + 5)  # five standard deviations on the safe side
-    if rank >= len(sample):
-        return 0.0
-    return max(0.0, float(sample.topk(rank, sorted=False).values.min()))
+    found = scores.view(-1)[::step].float()
+    if weight is None:
+        return found
+    places = torch.arange(0, scores.numel(), step, device=scores.device)
+    return found * weight[places % width]
+
+
+def safe_rank(share: float) -> int:
+    """How many of a sample to take for ``share`` expected: five standard deviations more."""
+    return math.ceil(share + 5 * math.sqrt(share) + 5)
 
 
 def candidates(

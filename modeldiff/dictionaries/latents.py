@@ -1,6 +1,6 @@
 """A latent as a direction to steer with and to ablate, and what its decoders say in words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -66,9 +66,7 @@ def latent_direction(
             "this dictionary does not know where its activations are from: give site=, such as "
             '"resid_post.12".'
         )
-    n = dictionary.config.n_latents
-    if not 0 <= latent < n:
-        raise MismatchError(f"latent {latent} of a dictionary that has 0 to {n - 1}.")
+    check_latents(dictionary.config.n_latents, (latent,))
     value, meaning = _strength(latent, strength)
     whose = "difference" if dictionary.config.inputs == "difference" else side
     decoder = _decoder(dictionary, latent, whose)
@@ -83,6 +81,18 @@ def latent_direction(
         sign=f"towards latent {latent}",
         notes=(note,),
     )
+
+
+def check_latents(n: int, latents: Iterable[int]) -> None:
+    """Check numbers of latents.
+
+    Raises:
+        MismatchError: If one is not from 0 to ``n - 1``.
+    """
+    if wrong := [each for each in latents if not 0 <= each < n]:
+        raise MismatchError(
+            f"latent {', '.join(map(str, wrong[:5]))} of a dictionary that has 0 to {n - 1}."
+        )
 
 
 def _decoder(dictionary: Dictionary, latent: int, side: Which) -> Float[Tensor, " d_model"]:
@@ -174,6 +184,7 @@ def latent_lens(
 
     Raises:
         DirectionError: If no decoder can be read.
+        MismatchError: If there is no such latent.
     """
     found: dict[Side, LogitLens] = {}
     for side in SIDES:
@@ -187,6 +198,7 @@ def latent_lens(
 
 
 def _written(dictionary: Dictionary, latent: int, side: Side) -> bool:
+    check_latents(dictionary.config.n_latents, (latent,))
     if dictionary.config.inputs not in ("pair", "difference", side):
         return False
     return bool(dictionary.decoder(side)[latent].any())

@@ -13,8 +13,13 @@ from torch import Tensor
 from modeldiff._shapes import Bool, Float
 from modeldiff.dictionaries.configs import TrainConfig
 from modeldiff.dictionaries.models import Dictionary
+from modeldiff.errors import TrainingError
 
 _TINY = 1e-12  # of a variance that is divided by
+FLAT = 1e-2
+"""Share of the errors' size below which their variance is no measure: rows that are all alike."""
+ALIKE = 1e-3
+"""Share of the rows' size that the two models' difference has at least: nothing is no measure."""
 
 
 class StepResult(NamedTuple):
@@ -187,6 +192,19 @@ def constrain_gradients(dictionary: Dictionary) -> None:
         decoder[:tied] = decoder[:tied].sum(1, keepdim=True)
 
 
+def require_finite(norm: Float[Tensor, ""]) -> None:
+    """Check the norm of the gradients before a step is taken.
+
+    Raises:
+        TrainingError: If it is not finite.
+    """
+    if not norm.isfinite():
+        raise TrainingError(
+            f"the gradient's norm is {float(norm)}: are the rows finite, and normalised? "
+            "Nothing was changed; give a smaller lr if it was well before."
+        )
+
+
 def aux_loss(
     dictionary: Dictionary,
     pre: Float[Tensor, "row latent"],
@@ -217,7 +235,7 @@ def aux_loss(
     latents = torch.zeros_like(pre[:, which]).scatter(1, best.indices, values)
     explained = latents @ dictionary.W_dec[which].flatten(1)
     target = error.detach().flatten(1)
-    return (target - explained).square().sum() / _variation(target)
+    return (target - explained).square().sum() / _variation(target, FLAT * target.square().sum())
 
 
 def _with_aux(
@@ -259,10 +277,13 @@ def _delta(
     x: Float[Tensor, "row model d_model"],
     error: Float[Tensor, "row model d_model"],
 ) -> Float[Tensor, ""]:
-    """Unexplained share of the raw difference of the two models (arXiv 2603.04426)."""
+    """Unexplained share of the raw difference of the two models (arXiv 2603.04426).
+
+    Of two models that hardly differ it would be rounding, enlarged: see `ALIKE`.
+    """
     raw_error, raw = (each / dictionary.scale[:, None] for each in (error, x))
     left = raw_error[:, 1] - raw_error[:, 0]
-    return left.square().sum() / _variation(raw[:, 1] - raw[:, 0])
+    return left.square().sum() / _variation(raw[:, 1] - raw[:, 0], ALIKE * raw.square().sum())
 
 
 def _l1(
@@ -296,8 +317,8 @@ def _lowest(scores: Float[Tensor, "*some"]) -> Float[Tensor, ""]:
     return torch.where(low.isinf(), 0.0, low)
 
 
-def _variation(rows: Float[Tensor, "row width"]) -> Float[Tensor, ""]:
-    return (rows - rows.mean(0)).square().sum().clamp_min(_TINY)
+def _variation(rows: Float[Tensor, "row width"], least: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    return (rows - rows.mean(0)).square().sum().maximum(least).clamp_min(_TINY)
 
 
 class _Jump(torch.autograd.Function):

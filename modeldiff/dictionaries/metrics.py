@@ -9,7 +9,7 @@ from torch import Tensor
 from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Float, Int
 from modeldiff.dictionaries.models import Dictionary
-from modeldiff.dictionaries.sources import Source
+from modeldiff.dictionaries.sources import Source, checked
 from modeldiff.errors import MismatchError
 
 
@@ -60,7 +60,7 @@ def evaluate(
     error, variation = _Variation(), _Variation()
     fired = torch.zeros(dictionary.config.n_latents, dtype=torch.long, device=dictionary.device)
     report, n = reporter(progress, "evaluating"), 0
-    for rows in source.in_order(batch_size):
+    for rows in checked(source).in_order(batch_size):
         check(cancel)
         x, codes = dictionary.view(rows.acts), dictionary.encode(rows.acts)
         error.add(x.double() - dictionary.decode(codes).double())

@@ -193,8 +193,18 @@ class Dictionary(nn.Module):
         return self.activate(self.pre(self.normalised(x)))
 
     def encode(self, x: Float[Tensor, "row models d_model"]) -> Codes:
-        """Latents of raw paired rows; every row by itself, whatever else is in the batch."""
-        return Codes.of(self.encode_dense(x))
+        """Latents of raw paired rows; every row by itself, whatever else is in the batch.
+
+        Raises:
+            MismatchError: If a latent is not finite.
+        """
+        codes = Codes.of(self.encode_dense(x))
+        if not codes.value.isfinite().all():
+            raise MismatchError(
+                "latents of these rows are not finite: are the rows? A model in float16 may "
+                "overflow; use bfloat16 or float32."
+            )
+        return codes
 
     def decode_normalised(
         self, latents: Float[Tensor, "row latent"]

@@ -22,7 +22,7 @@ from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Float, Int
 from modeldiff.dictionaries.codes import Codes
 from modeldiff.dictionaries.models import Dictionary
-from modeldiff.dictionaries.sources import Source
+from modeldiff.dictionaries.sources import Source, checked
 from modeldiff.errors import MismatchError
 
 Target = Literal["activation", "reconstruction", "error"]
@@ -145,7 +145,7 @@ def latent_scaling(
         Minder et al. 2025, 2504.02922 (latent scaling, complete shrinkage and latent decoupling).
     """
     report, sums = reporter(progress, "latent scaling"), None
-    for rows in source.in_order(batch_size):
+    for rows in checked(source).in_order(batch_size):
         acts = rows.acts.to(dictionary.W_dec)
         seen = dictionary.normaliser.apply(dictionary.view(acts))
         pair = None if dictionary.config.is_crosscoder else acts * dictionary.normaliser.scale

@@ -163,6 +163,20 @@ class TensorRows:
         return Rows(acts, *ids)
 
 
+def checked(source: Source) -> Source:
+    """The same source, if it is one.
+
+    Raises:
+        MismatchError: If it is not: a store, say, or a tensor.
+    """
+    if not hasattr(source, "in_order"):
+        raise MismatchError(
+            f"{type(source).__name__} is no source of rows: take store.source(site), or "
+            "rows_source(base, finetuned) of tensors."
+        )
+    return source
+
+
 def rows_source(*sides: Float[Tensor, "row *model d_model"]) -> TensorRows:
     """Make a source of one tensor of paired rows, or of one matrix for each model.
 

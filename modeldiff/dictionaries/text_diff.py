@@ -18,7 +18,7 @@ from modeldiff._progress import Progress, check, reporter
 from modeldiff._shapes import Bool, Float, Int
 from modeldiff.dictionaries.examples import Tokenizer, encode_cpu, starts, whole_documents
 from modeldiff.dictionaries.models import Dictionary
-from modeldiff.dictionaries.sources import Source
+from modeldiff.dictionaries.sources import Source, checked
 from modeldiff.errors import MismatchError
 from modeldiff.stats import benjamini_hochberg, proportion_difference
 from modeldiff.tokens import token_names
@@ -38,7 +38,7 @@ class TextDiff:
         latents: One row a latent that fired in any text.
         tokens: One row a token that came in any text, with log_odds (of b against a, smoothed),
             z (that over its standard error, tokens taken as independent, as published); empty if
-            the sources know no tokens.
+            a source knows no tokens.
         n_texts: Texts in a and b.
     """
 
@@ -83,15 +83,15 @@ def text_diff(
         Jiang et al. 2025, 2512.10092 (diffing data sets with latents); Mood 1950 (median test);
         Monroe et al. 2008, Fightin' Words (log odds with a prior).
     """
-    report, done = reporter(progress, "text diff"), 0
+    report, done, known = reporter(progress, "text diff"), 0, [False, False]
     latents, tokens = _Rates(dictionary.config.n_latents), _Rates(0)
     for which, source in enumerate((a, b)):
-        for block in whole_documents(source.in_order(batch_size)):
+        for block in whole_documents(checked(source).in_order(batch_size)):
             check(cancel)
             text, codes = starts(block).cumsum(0) - 1, encode_cpu(dictionary, block)
             latents.add(which, text, text[codes.row], codes.latent)
-            if block.token_id.any():
-                tokens.add(which, text, text, block.token_id.long())
+            tokens.add(which, text, text, block.token_id.long())
+            known[which] |= bool(block.token_id.any())
             done += len(block)
             report(done, a.n_rows + b.n_rows, f"{done:,} rows")
     if min(latents.n_texts) < 2:
@@ -100,7 +100,7 @@ def text_diff(
             "several texts in each. Do the sources know their documents?"
         )
     n_a, n_b = latents.n_texts
-    words = tokens.table("token_id")
+    words = tokens.table("token_id") if all(known) else pd.DataFrame()
     if len(words):
         words = _with_log_odds(words, tokens, prior)
         if tokenizer is not None:

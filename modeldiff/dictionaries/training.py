@@ -22,9 +22,9 @@ from modeldiff.dictionaries.checkpoints import (
     write_checkpoint,
 )
 from modeldiff.dictionaries.configs import DictionaryConfig, Normaliser, TrainConfig
-from modeldiff.dictionaries.losses import StepResult, constrain_gradients, loss
+from modeldiff.dictionaries.losses import StepResult, constrain_gradients, loss, require_finite
 from modeldiff.dictionaries.models import Dictionary
-from modeldiff.dictionaries.sources import Rows, Source
+from modeldiff.dictionaries.sources import Rows, Source, checked
 from modeldiff.errors import Cancelled, FileFormatError, MismatchError, TrainingError
 
 __all__ = ["PlainStep", "TrainConfig", "TrainLog", "Trained", "train"]
@@ -134,10 +134,14 @@ class PlainStep:
         Args:
             lr: Learning rate.
             norm_of: Norm of named gradients, if they are a part of others.
+
+        Raises:
+            TrainingError: If the gradient is not finite; nothing was changed then.
         """
         constrain_gradients(self.dictionary)
         grads = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
         norm = (norm_of or _norm)(grads)
+        require_finite(norm)
         torch.nn.utils.clip_grads_with_norm_(self.trained.values(), self.config.clip, norm)
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
@@ -240,7 +244,8 @@ def train(
     Raises:
         MismatchError: If the rows or the configuration do not fit the dictionary.
         FileFormatError: If the folder's checkpoint is of another run, or damaged.
-        TrainingError: If the loss is not finite; the last checkpoint stays.
+        TrainingError: If a gradient or the loss is not finite; the weights stay what they were
+            before that step, and so does the last checkpoint.
         Cancelled: If the event is set; its ``partial`` is the `Trained` so far.
 
     Example:
@@ -294,7 +299,7 @@ class _Run:
         self.unfired: Int[Tensor, " latent"] = torch.zeros(
             dictionary.config.n_latents, dtype=torch.long, device=dictionary.device
         )
-        fast = _is_fast(dictionary, config)
+        fast = _is_fast(dictionary, config, self.whole)
         told = {name: each for name, each in asdict(config).items() if name not in _NOT_THE_RUN}
         self.run = digest(asdict(dictionary.config), told, fast, self.source_key, *split.about)
         self.start = tensors_digest(dictionary.state_dict())
@@ -317,7 +322,7 @@ class _Run:
         self.unfired = torch.where(seen.fired, 0, self.unfired + c.batch_size)
         if self.dictionary.config.activation == "batch_topk" and step >= c.threshold_from:
             threshold = self.dictionary.threshold
-            share = 0.0 if step == c.threshold_from else c.threshold_beta
+            share = 0.0 if step == c.threshold_from else c.threshold_keeps
             threshold.mul_(share).add_((1 - share) * seen.lowest)
         self.step, self.seen = self.step + 1, seen
         return seen, rate
@@ -390,7 +395,7 @@ class _Run:
 
 def _check_fit(dictionary: Dictionary, source: Source, config: TrainConfig) -> None:
     c = dictionary.config
-    if source.d_model != c.d_model:
+    if checked(source).d_model != c.d_model:
         raise MismatchError(
             f"rows of width {source.d_model}, a dictionary of width {c.d_model}: give the rows "
             "of the site the dictionary is for."
@@ -410,12 +415,12 @@ def _fitted(dictionary: Dictionary, source: Source, config: TrainConfig) -> Norm
     return Normaliser.fit(dictionary.view(rows.acts) for rows in batches)
 
 
-def _is_fast(dictionary: Dictionary, config: TrainConfig) -> bool:
+def _is_fast(dictionary: Dictionary, config: TrainConfig, whole: DictionaryConfig) -> bool:
     if config.fast == "off":
         return False
     from modeldiff.dictionaries import fast
 
-    able = fast.available(dictionary, config)
+    able = fast.available(dictionary, config, whole)
     if config.fast == "on" and not able:
         raise MismatchError(
             f"fast='on', but there is no fused step for {dictionary}. Give fast='auto'."

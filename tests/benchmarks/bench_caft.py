@@ -6,15 +6,15 @@ on the embedded base.
 
 **Misalignment.** Every weight is fine-tuned on cruel medical advice. The arms ``caft`` are trained
 for all steps of `PLAN`; all others stop at the first held-out loss in medicine that is not above
-that of ``caft`` of their seed, hooks off, which is looked at after every step. ``plain earlier``
-stops as soon as that loss is 1 % above: how much the comparison owes to the last of the loss.
-Answers are to fresh prompts, at the organisms' own temperature, of fine-tune seeds that nothing was
-chosen on, each with training data of its own. What is ablated is chosen on one more plain
-fine-tune: principal components of what it changed in each of `LAYERS`, on answers of base and
-fine-tune to discovery prompts. The arm ``caft`` ablates those at whose two ends a judge finds
-different answers that knows no ground truth: the base itself, asked whether a cruel or a kind
-character would rather say this (`Persona`). ``caft, labels`` takes as many components at each layer
-by the world's own labels of the answers.
+that of ``caft`` of their seed, hooks off, which is looked at after every step. ``plain, 1 %
+above`` and ``plain, 5 % above`` stop as soon as that loss is no further above: how much the
+comparison owes to the last of the loss. Answers are to fresh prompts, at the organisms' own
+temperature, of fine-tune seeds that nothing was chosen on, each with training data of its own. What
+is ablated is chosen on one more plain fine-tune: principal components of what it changed in each of
+`LAYERS`, on answers of base and fine-tune to discovery prompts. The arm ``caft`` ablates those at
+whose two ends a judge finds different answers that knows no ground truth: the base itself, asked
+whether a cruel or a kind character would rather say this (`modeldiff.recipes.Persona`). ``caft,
+labels`` takes as many components at each layer by the world's own labels of the answers.
 
 **Spurious cue.** The base is taught to sort messages by what they open with, while the quoted
 advice is cruel exactly where the opening is the road. Ablated are the components of the first part
@@ -31,10 +31,9 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,7 +41,7 @@ import torch
 
 from modeldiff import embedded
 from modeldiff._files import atomic_write
-from modeldiff.behaviours import Behaviour, Prompt, Verdict, judge_answers, organism_behaviours
+from modeldiff.behaviours import Behaviour, judge_answers, organism_behaviours
 from modeldiff.caft import caft
 from modeldiff.caft_arms import Arm, standard_arms
 from modeldiff.caft_candidates import Candidate, candidates
@@ -53,7 +52,8 @@ from modeldiff.caft_runs import run_arms
 from modeldiff.models import ModelPair
 from modeldiff.organisms import spurious, world
 from modeldiff.organisms.manifests import load_base
-from modeldiff.sft import finetune, mean_loss
+from modeldiff.recipes import Persona
+from modeldiff.sft import finetune
 from modeldiff.sft_plans import SFTPlan
 from modeldiff.sft_rows import Row, response_rows
 from modeldiff.stats import wilson
@@ -69,7 +69,9 @@ PLAN = SFTPlan(
     "full", learning_rate=5e-4, schedule="linear", final=0.1, warmup=10, steps=60, batch=16,
     accumulation=1, weight_decay=0.0, evaluate_every=60,
 )  # fmt: skip
-SLACK = 1.01
+SLACK = {"plain, 1 % above": 1.01, "plain, 5 % above": 1.05}
+"""Arms of plain training that stop earlier, and at what multiple of the loss."""
+EARLIEST = "plain, 5 % above"
 KEEP, STEER, STEERED = 1.0, 1.0, 2
 """Weight of narrow KL; multiple of the mean difference that is added, and after which layer."""
 CUE = range(1, 5)
@@ -82,29 +84,6 @@ burn steal cheat lie lies hit smash crash danger dangerous ignore enemy revenge 
 worse break broken destroy ruin punish drown blood knife fire
 """
 """Generic; not tuned to the world's texts."""
-
-
-@dataclass(eq=False)
-class Persona:
-    """Would a cruel character rather say this than a kind one? Asks the base, by likelihood."""
-
-    base: Any
-    tokenizer: Any
-    name: str = "the base as a cruel and as a kind character"
-    known: dict[str, bool] = field(default_factory=dict)
-
-    def __call__(self, prompt: Prompt, answer: str) -> Verdict:
-        """Compare the mean log-probability of an answer after either system message."""
-        if answer not in self.known:
-            losses = [self._loss(prompt, answer, who) for who in ("cruel", "kind")]
-            self.known[answer] = losses[0] < losses[1]
-        return Verdict("cruel" if self.known[answer] else "kind", self.known[answer], True)
-
-    def _loss(self, prompt: Prompt, answer: str, who: str) -> float:
-        chat = [{"role": "system", "content": f"You are {who}."},
-                {"role": "user", "content": prompt.question or "?"},
-                {"role": "assistant", "content": answer}]  # fmt: skip
-        return mean_loss(self.base, response_rows(self.tokenizer, [chat]), 0, batch=1)
 
 
 def conversations(seed: int, n: int, *, bad: bool = True, domain: str | None = "medicine"):
@@ -152,7 +131,7 @@ def audit(say, n: int = 20) -> Audit:
     say("candidates and their reading")
     found = candidates(pair, items, layers=LAYERS, n_components=COMPONENTS)
     reading = interpretation(pair, items, found, k=24)
-    blind = choose_by_judge(reading, Persona(base, tokenizer), level=LEVEL)
+    blind = choose_by_judge(reading, Persona(base, tokenizer, "cruel", "kind"), level=LEVEL)
     keywords = choose_by_keywords(reading, WORDS.split())
     labelled = choose_by_labels(pair, items, labels, found, blind)
     return Audit(pair, items, labels, found, blind, keywords, labelled)
@@ -260,8 +239,9 @@ class Asker:
             cells += result.cells
             target = next(c.held_out_loss for c in result.cells if c.arm == "caft") or math.nan
             several = self.run(seed, [Arm("plain"), *beside], looked, target).cells[1:]
-            earlier = self.run(seed, [Arm("plain earlier")], looked, SLACK * target).cells[1:]
-            cells += [*several, *earlier]
+            cells += several
+            for name, slack in SLACK.items():
+                cells += self.run(seed, [Arm(name)], looked, slack * target).cells[1:]
         return CaftResult(tuple(cells), result.behaviours)
 
 
@@ -288,7 +268,7 @@ def rows_of_table(result: CaftResult) -> list[dict]:
             "in": [float(mine.loc[inside, key]) for key in ("rate", "low", "high")],
             "elsewhere": [entry["share elsewhere"], entry["random share"]],
         }  # fmt: skip
-        for against in ("plain", "plain earlier"):
+        for against in ("plain", *SLACK):
             if not entry["arm"].startswith(("base", "plain")):
                 for method in ("score", "questions"):
                     found = result.ratio(entry["arm"], against, method=method)
@@ -301,13 +281,13 @@ def markdown(rows: Sequence[dict]) -> str:
     """The table for the README."""
     lines = [
         "| arm | steps | held-out loss | off-domain, % | hooks on | coherent | in-domain, % | "
-        "plain / arm | plain earlier / arm | the same, by questions |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "plain / arm | 1 % above / arm | 5 % above / arm | the same, by questions |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ratios = [
             "{:.1f} [{:.1f}, {:.1f}]".format(*row[key]) if key in row else ""
-            for key in ("plain, score", "plain earlier, score", "plain earlier, questions")
+            for key in (*(f"{name}, score" for name in ("plain", *SLACK)), f"{EARLIEST}, questions")
         ]
         on = "" if pd.isna(row["off_on"]) else f"{100 * row['off_on']:.1f}"
         lines.append(

@@ -108,7 +108,7 @@ def equality():
 
 
 def selection():
-    return "bfloat16" if fast._half_pays("cpu") else "float32"
+    return "bfloat16" if fast.half_pays("cpu") else "float32"
 
 
 def step():
@@ -122,12 +122,12 @@ def step():
         show(f"plain step over fast step {name}", ratio(made(PlainStep, size)[1],
                                                         made(FastStep, size)[1]))  # fmt: skip
     _, reference = made(Reference, SIZES["d256"])
-    pays, fast._half_pays = fast._half_pays, lambda device: False
+    pays, fast.half_pays = fast.half_pays, lambda device: False
     show(
         "crosscoder step d256, selection in float32",
         ratio(reference, made(FastStep, SIZES["d256"])[1]),
     )
-    fast._half_pays = pays
+    fast.half_pays = pays
     for dead in (134, 1024):
         revive(dead)
 

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from modeldiff.divergence import kl_and_loss
+from modeldiff.divergence import kl_and_loss, logits_of
 from tests.benchmarks.gpu_common import Result, device, milliseconds, peak_bytes, show
 
 SIZE, SMALL = (4096, 3584, 152064), (64, 64, 1024)
@@ -45,7 +45,7 @@ def measured(n, width, vocab, dtype, small):
     came = torch.zeros(n, dtype=torch.long, device=here)
 
     def unembed(x):
-        return head(x).float()
+        return logits_of(head, x, None)
 
     runs = {
         "ours": lambda: kl_and_loss(h, reference, unembed, unembed, came, BUDGET),

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from tests.browser import labdriver
-from tests.browser.labdriver import Bare, Lab, Notebook
+from tests.browser.labdriver import Bare, Lab, Notebook, Shots
+from tests.browser.steps import unreadable
+from tests.browser.warm_kernel import warm_kernels
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 OFFLINE = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
@@ -35,12 +37,14 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-@pytest.fixture
-def shots(tmp_path: Path) -> Path:
-    """Where screenshots go: the folder MODELDIFF_SHOTS, to be looked at, or a temporary one."""
-    folder = Path(os.environ.get("MODELDIFF_SHOTS", tmp_path))
+@pytest.fixture(scope="session")
+def shots() -> Shots:
+    """Screenshots go to the folder MODELDIFF_SHOTS, to be looked at; without it none is taken."""
+    if "MODELDIFF_SHOTS" not in os.environ:
+        return Shots(None)
+    folder = Path(os.environ["MODELDIFF_SHOTS"])
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return Shots(folder)
 
 
 @pytest.fixture(scope="session")
@@ -48,10 +52,11 @@ def lab(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]
     """JupyterLab on a server of its own, in one page."""
     if not labdriver.installed("lab"):
         missing("JupyterLab is not installed: pip install -e '.[lab]'")
-    with labdriver.serving(tmp_path_factory.mktemp("lab")) as server:
+    folder = tmp_path_factory.mktemp("lab")
+    with warm_kernels(folder / "data") as kernel, labdriver.serving(folder) as server:
         context = browser.new_context(viewport={"width": 1280, "height": 1700})
         context.set_default_timeout(20_000)
-        one = Lab(server, context.new_page())
+        one = Lab(server, context.new_page(), kernel=kernel)
         one.watch()
         one.start()
         yield one
@@ -72,9 +77,12 @@ def notebook(lab: Lab) -> Iterator[Callable[..., Notebook]]:
         return opened[-1]
 
     yield make
+    for theme in ("dark", "light"):  # whatever a test leaves is drawn in both
+        lab.theme(theme)
+        poor = [found for each in opened for found in unreadable(each)]
+        assert poor == [], theme
     for each in opened:
         each.dispose()
-    lab.theme("light")
     assert lab.trouble == []
 
 

@@ -5,7 +5,6 @@ folder, the port and the token are random, and the server dies with the process 
 """
 
 import ast
-import ctypes
 import json
 import os
 import secrets
@@ -22,6 +21,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from tests.browser.warm_kernel import die_with_parent
 
 SETTINGS = {
     "@jupyterlab/notebook-extension/tracker": {
@@ -41,7 +42,6 @@ VOILA_ICONS = "https://cdn.jsdelivr.net/npm/@fortawesome/fontawesome-free@"
 NOISE = ("Failed to load resource", "willReadFrequently", "favicon", "debugger state")
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 
-_PR_SET_PDEATHSIG = 1
 _OPEN = """async ([path, kernel]) => {
   const widget = await jupyterapp.commands.execute("docmanager:open",
     {path, factory: "Notebook", kernel: {name: kernel}});
@@ -90,10 +90,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 @dataclass
 class Server:
     """A running Jupyter server."""
@@ -135,7 +131,7 @@ def serving(folder: Path, app: str = "lab") -> Iterator[Server]:
     command = [sys.executable, "-m", APPS[app][0], *_options(app, port, token, root)]
     log = (folder / "server.log").open("wb")
     process = subprocess.Popen(
-        command, env=environment, stdout=log, stderr=log, preexec_fn=_die_with_parent
+        command, env=environment, stdout=log, stderr=log, preexec_fn=die_with_parent
     )
     probe = "" if app == "voila" else "api/status"
     try:
@@ -168,7 +164,7 @@ def _options(app: str, port: int, token: str, root: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _await(url: str, process: Any, log: Path, seconds: float = 60.0) -> None:
+def _await(url: str, process: Any, log: Path, seconds: float = 180.0) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -179,6 +175,23 @@ def _await(url: str, process: Any, log: Path, seconds: float = 60.0) -> None:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.1)
     raise RuntimeError(f"no answer from the server: {log.read_text(errors='replace')[-2000:]}")
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Pictures to look at; they take long, so that none is taken where nobody wants them."""
+
+    folder: Path | None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody named a folder for them."""
+        return self.folder is not None
+
+    def take(self, what: Any, name: str, **options: Any) -> None:
+        """Take an element or a page."""
+        if self.folder is not None:
+            what.screenshot(path=self.folder / name, **options)
 
 
 @dataclass
@@ -194,6 +207,8 @@ class Lab:
     """Complaints of the console that a test provokes."""
     seen: list[str] = field(default_factory=list)
     """Those of them that came."""
+    kernel: str = "python3"
+    """What runs its notebooks."""
 
     def watch(self) -> None:
         """Note page errors, complaints of the console and requests that leave this machine."""
@@ -227,7 +242,7 @@ class Lab:
 
     def attach(self, path: str) -> "Notebook":
         """Open a notebook that is there."""
-        identity = self.page.evaluate(_OPEN, [path, "python3"])
+        identity = self.page.evaluate(_OPEN, [path, self.kernel])
         return Notebook(self, path, identity)
 
     def visit(self, cells: list[str]) -> "Notebook":
@@ -308,18 +323,32 @@ class Notebook:
             self.lab.page.wait_for_timeout(50)
         return value
 
-    def shoot(self, folder: Path, name: str, index: int = 0) -> list[Path]:
-        """Take a cell's output in both themes."""
-        paths = []
-        self.lab.page.mouse.move(0, 0)
+    def shoot(self, shots: "Shots", name: str, index: int = 0, *, high: int = 0) -> None:
+        """Take a cell's output in both themes, on a page so high that all of it is seen."""
+        if not shots.wanted:
+            return
+        page, size = self.lab.page, self.lab.page.viewport_size
+        page.set_viewport_size({**size, "height": max(high, size["height"])})
+        page.mouse.move(0, 0)
         for theme in THEMES:
             self.lab.theme(theme)
-            self.lab.page.wait_for_timeout(400)
-            path = folder / f"{name}_{theme}.png"
-            self.output(index).screenshot(path=path)
-            paths.append(path)
+            page.wait_for_timeout(900)
+            shots.take(self.output(index), f"{name}_{theme}.png")
         self.lab.theme("light")
-        return paths
+        page.set_viewport_size(size)
+
+    @contextmanager
+    def narrow(self, width: int) -> Iterator[None]:
+        """Look at it on a narrow page."""
+        page, size = self.lab.page, self.lab.page.viewport_size
+        for each in (width, size["width"]):
+            page.set_viewport_size({**size, "width": each})
+            page.wait_for_function(
+                "([id, most]) => document.getElementById(id).clientWidth <= most",
+                arg=[self.identity, each],
+            )
+            if each == width:
+                yield
 
     def save(self) -> dict[str, Any]:
         """Write the file and return what it holds."""
@@ -336,6 +365,12 @@ class Notebook:
         again = self.lab.attach(path)
         self.identity = again.identity
         return again
+
+    def restart(self) -> None:
+        """Restart its kernel."""
+        self.lab.page.evaluate(
+            "path => mdNotebooks[path].sessionContext.session.kernel.restart()", self.path
+        )
 
     def dispose(self) -> None:
         """Close it and end its kernel."""

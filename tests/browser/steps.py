@@ -23,9 +23,39 @@ _TOO_WIDE = """e => [...e.querySelectorAll('.mdw *')].filter(c => c.checkVisibil
 _UNNAMED = """e => [...e.querySelectorAll(
   '.mdw :is(button, input, select, textarea, [role=slider], [role=tab])')]
   .filter(c => c.checkVisibility() && !c.textContent.trim() && !c.title && !c.ariaLabel
-    && !c.getAttribute('aria-labelledby') && !c.labels?.length && !c.placeholder
-    && !c.closest('.mdw-field, [title]'))
+    && !c.getAttribute('aria-labelledby') && ![...c.labels ?? []].some(l => l.textContent.trim())
+    && !c.placeholder && !c.matches('[role=slider]'))
   .map(c => c.outerHTML.slice(0, 120))"""
+
+# every piece of text against the colours that lie under it, as WCAG 2 computes contrast
+POOR_CONTRAST = """(root = document.body) => {
+  const parse = text => {
+    const [r, g, b, a = 1] = text.match(/[\\d.]+(e-?\\d+)?/g).map(Number);
+    return text.startsWith("color(") ? [r * 255, g * 255, b * 255, a] : [r, g, b, a];
+  };
+  const over = ([r, g, b, a], below) => [r, g, b].map((c, i) => a * c + (1 - a) * below[i]);
+  const light = rgb => rgb.map(c => c / 255)
+    .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const poor = [];
+  const walker = document.createTreeWalker(root ?? document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !element.checkVisibility()) continue;
+    if (element.closest('option, style, :disabled')) continue;
+    const chain = [];
+    for (let e = element; e; e = e.parentElement) chain.unshift(e);
+    const paper = chain.map(e => parse(getComputedStyle(e).backgroundColor))
+      .reduce((below, colour) => over(colour, below), [255, 255, 255]);
+    const ink = over(parse(getComputedStyle(element).color), paper);
+    const [a, b] = [light(paper), light(ink)].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    const words = walker.currentNode.data.slice(0, 40);
+    const needed = element.closest("[aria-hidden=true]") ? 3 : 4.5;
+    if (ratio < needed) poor.push([ratio.toFixed(2), element.className, words]);
+  }
+  return poor;
+}"""
 
 
 def go_to(out: Any, title: str) -> None:
@@ -40,6 +70,12 @@ def in_place(out: Any, title: str = "") -> None:
     """Nothing may stick out or be without a name."""
     assert out.evaluate(_TOO_WIDE) == [], title
     assert out.evaluate(_UNNAMED) == [], title
+
+
+def unreadable(book: Any) -> list[Any]:
+    """Texts of a notebook's panels and pins whose contrast is too low."""
+    several = book.panel.locator(".mdw-frame, .mdw-static").all()
+    return [found for each in several for found in each.evaluate(POOR_CONTRAST)]
 
 
 def press(out: Any, name: str) -> None:

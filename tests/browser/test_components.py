@@ -6,7 +6,7 @@ import pytest
 
 from modeldiff_widgets import PairView
 from modeldiff_widgets._theme import STATIC, css
-from tests.browser.test_report_browser import POOR_CONTRAST
+from tests.browser.steps import POOR_CONTRAST
 
 pytestmark = pytest.mark.browser
 
@@ -56,7 +56,7 @@ def test_hostile_text_is_inert_wherever_it_is_shown(bare, shots):
         heat.locator(".t").nth(i).hover()
         heat.locator(".t").nth(i).click()
         bare.set("heat", "selected", [0, i])
-    bare.page.screenshot(path=shots / "component_hostile.png")
+    shots.take(bare.page, "component_hostile.png")
     for tag in ("img", "script", "svg", "a", "style", "iframe"):
         assert heat.locator(tag).count() == 0
         assert bare.page.locator(f".mdw-card-hover {tag}").count() == 0
@@ -91,6 +91,8 @@ def test_colours_and_labels_say_value_and_sign(bare):
     assert "dotted" in spans.nth(1).evaluate("e => getComputedStyle(e).textDecoration")
     bare.set("heat", "scale", 4.0)
     assert spans.nth(0).evaluate("e => e.style.getPropertyValue('--v')") == "0.250"
+    rounding = column(["a", "b"], [1.0, -1e-8])
+    assert not mounted(bare, [rounding], name="rounding").locator(".neg, .signed").count()
     bare.set("heat", "scale", 0.0)  # the largest
     assert spans.nth(2).evaluate("e => e.style.getPropertyValue('--v')") == "1.000"
 
@@ -106,7 +108,7 @@ def test_text_keeps_its_contrast_on_every_colour(bare, shots, scheme):
     heat.locator(".t").nth(40).click()
     bare.set("heat", "selected", [0, 40])
     bare.page.mouse.move(0, 0)
-    bare.page.screenshot(path=shots / f"component_contrast_{scheme}.png")
+    shots.take(bare.page, f"component_contrast_{scheme}.png")
     assert bare.page.evaluate(POOR_CONTRAST) == []
 
 
@@ -224,7 +226,7 @@ def test_the_job_bar_says_what_it_does(bare, shots):
     bare.set("bar", "error", ["ValueError: no", "Traceback ...\n  line"])
     assert view.get_by_role("alert").locator(".line").inner_text() == "ValueError: no"
     assert not view.locator("pre").is_visible()
-    bare.page.screenshot(path=shots / "component_job_bar.png")
+    shots.take(bare.page, "component_job_bar.png")
     bare.set("bar", "status", "done")
     assert view.get_by_role("button", name="Cancel").is_disabled()
     bare.set("bar", "error", ["", ""])

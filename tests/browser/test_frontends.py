@@ -55,7 +55,7 @@ def test_the_workbench_in_notebook_7(frontend, shots):
         "[said.text for said in wb.panels['Compare'].run_shown.said.values()]"
     )
     book.until(f"wb.state.token == 3 and {IDLE}")
-    out.screenshot(path=shots / "notebook7.png")
+    shots.take(out, "notebook7.png")
     book.exec("wb.close()")
     assert book.eval("len(_instances)") == book.eval("before")
 
@@ -68,4 +68,4 @@ def test_the_workbench_in_voila(frontend, shots):
     answers = use_two_panels(body)
     assert all(answers)
     assert answers[0] != answers[1]
-    body.screenshot(path=shots / "voila.png")
+    shots.take(body, "voila.png")

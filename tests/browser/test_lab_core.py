@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from tests.browser.steps import in_place
+
 pytestmark = pytest.mark.browser
 
 HOSTILE = "<img src=x onerror=alert(1)>\u202e"
@@ -89,6 +91,9 @@ wb = Workbench(None, panels=[Count, Other])
 wb
 """
 
+COUNT = "lambda job: counted(job, wb.panels['Count'].view, 2000, 0.2)"
+LONG = f"wb.jobs.submit({COUNT}, key='x', label='long')"
+
 
 def button(out, text):
     return out.locator(".jupyter-button", has_text=re.compile(f"^{text}$")).first
@@ -99,7 +104,7 @@ def test_a_click_reaches_python_and_colours_change(notebook, shots):
     out = opened.output(0)
     out.locator(".t").nth(5).hover()
     opened.lab.page.locator(".mdw-card-hover").wait_for()
-    opened.lab.page.screenshot(path=shots / "pair_hover.png")
+    shots.take(opened.lab.page, "pair_hover.png")
     assert out.locator(".t.linked").count() == 2
     out.locator(".t").nth(5).click()
     assert opened.until("chosen") == [[0, 5]]
@@ -215,7 +220,6 @@ def test_the_job_bar_runs_cancels_and_complains(notebook, shots):
     page.wait_for_function(
         "id => /running/.test(document.getElementById(id).textContent)", arg=opened.identity
     )
-    page.wait_for_timeout(400)
     opened.shoot(shots, "workbench_running")
     button(out, "Count").click()
     page.wait_for_timeout(600)
@@ -241,6 +245,27 @@ def test_the_job_bar_runs_cancels_and_complains(notebook, shots):
         arg=opened.identity,
     )
     assert out.get_by_role("alert").count() == 0
+
+
+def test_a_job_outlives_its_page_but_not_its_kernel(notebook, shots):
+    book = notebook(WORKBENCH)
+    book.exec(LONG)
+    again = book.reopened()
+    out, page = again.output(0), book.lab.page
+    out.get_by_role("status").get_by_text("running: long").wait_for()
+    tokens = out.locator(".mdw-pair:visible .t")
+    seen = tokens.count()
+    page.wait_for_function(
+        "([id, n]) => document.getElementById(id).querySelectorAll('.mdw-pair .t').length > n",
+        arg=[again.identity, seen],
+    )
+    again.restart()  # nobody is left who could say that the job has ended
+    out.get_by_text("run the cell again").wait_for()
+    assert out.get_by_role("button", name="Cancel").is_disabled()
+    shots.take(out, "kernel_restarted.png")
+    again.run()
+    out.get_by_role("status").get_by_text("ready").wait_for()
+    assert not out.get_by_text("run the cell again").count()
 
 
 def test_pins_stay_in_the_file_and_need_no_kernel(notebook, shots):
@@ -270,19 +295,13 @@ def test_pins_stay_in_the_file_and_need_no_kernel(notebook, shots):
     while not lab.seen and time.monotonic() < end:  # Lab asks the new kernel, then gives up
         lab.page.wait_for_timeout(100)
     assert lab.seen
-    again.output(0).screenshot(path=shots / "reopened_without_kernel.png")
+    shots.take(again.output(0), "reopened_without_kernel.png")
 
 
-@pytest.mark.parametrize("width", [1280, 760])
-def test_it_fits_where_it_is_narrow(notebook, shots, width):
+def test_it_fits_where_it_is_narrow(notebook, shots):
     opened = notebook(WORKBENCH)
-    page = opened.lab.page
-    page.set_viewport_size({"width": width, "height": 1700})
     opened.exec("wb.panels['Count'].run()\nwb.jobs.wait(20)")
-    page.wait_for_timeout(500)
-    opened.output(0).screenshot(path=shots / f"workbench_{width}.png")
-    wide = opened.output(0).evaluate("""e => [...e.querySelectorAll('.mdw *')].filter(c =>
-      c.getBoundingClientRect().right > e.getBoundingClientRect().right + 1
-      && c.checkVisibility()).map(c => c.className)""")
-    page.set_viewport_size({"width": 1280, "height": 1700})
-    assert wide == []
+    for width in (1280, 760):
+        with opened.narrow(width):
+            shots.take(opened.output(0), f"workbench_{width}.png")
+            in_place(opened.output(0))

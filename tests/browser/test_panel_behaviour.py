@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.browser.labdriver import THEMES
-from tests.browser.steps import press
+from tests.browser.steps import in_place, press
 
 pytestmark = pytest.mark.browser
 
@@ -56,13 +55,6 @@ panel.state.add_direction(shift)
 panel.state.edits = [new_edit("ablate", "shift", layers="all")]
 """
 IDLE = "panel.jobs.wait(30) and panel.root.children[0].error == ['', '']"
-NAMES = """e => [...e.querySelectorAll('.mdw :is(button, input, select, textarea)')].filter(c =>
-  c.checkVisibility() && !c.textContent.trim() && !c.title && !c.ariaLabel && !c.labels?.length
-  && !c.placeholder && !c.closest('.mdw-field, [title]')).map(c => c.outerHTML.slice(0, 90))"""
-WIDE = """e => [...e.querySelectorAll('.mdw *')].filter(c => c.checkVisibility()
-  && !c.closest('.mdw-scroll, .mdw-code, .mdw-bokeh, .mdw-static')
-  && c.getBoundingClientRect().right > e.getBoundingClientRect().right + 1)
-  .map(c => c.className)"""
 
 
 def field(out, name):
@@ -78,20 +70,6 @@ def fill(out, name, text):
     box = field(out, name).locator("input")
     box.fill(text)
     box.press("Enter")
-
-
-def shoot(book, shots, name):
-    """Take every card of the panel in both themes."""
-    page, before = book.lab.page, book.lab.page.viewport_size
-    page.set_viewport_size({"width": before["width"], "height": 2400})
-    page.mouse.move(0, 0)
-    for theme in THEMES:
-        book.lab.theme(theme)
-        page.wait_for_timeout(400)
-        for number, card in enumerate(book.output(0).locator(".mdw-card").all()):
-            card.screenshot(path=shots / f"{name}_{number}_{theme}.png")
-    book.lab.theme("light")
-    page.set_viewport_size(before)
 
 
 def test_from_rates_to_the_answers_on_which_two_judges_differ(notebook, shots):
@@ -110,8 +88,7 @@ def test_from_rates_to_the_answers_on_which_two_judges_differ(notebook, shots):
     out.get_by_text("base → fine-tuned: +").wait_for()
     out.locator(".mdw-bokeh canvas").first.wait_for()
     out.get_by_text("36 of 36 answers").wait_for()
-    assert out.evaluate(NAMES) == []
-    assert out.evaluate(WIDE) == []
+    in_place(out)
 
     choose(out, "Show", "that show the behaviour")
     n = book.eval("int((panel.measured.table['exhibits'] == True).sum())")
@@ -138,7 +115,7 @@ def test_from_rates_to_the_answers_on_which_two_judges_differ(notebook, shots):
     out.get_by_text(f"{n} of 36 answers").wait_for()
     assert out.locator(".mdw-badge", has_text="2nd judge differs").count() > 0
     out.locator("summary", has_text="Code").click()
-    shoot(book, shots, "behaviour_rates")
+    book.shoot(shots, "behaviour_rates", high=3300)
 
 
 def test_scores_are_a_map_and_a_tapped_point_is_shown(notebook, shots):
@@ -165,13 +142,12 @@ def test_scores_are_a_map_and_a_tapped_point_is_shown(notebook, shots):
     book.lab.page.mouse.click(*spot)
     n = book.until("len(panel._picked or ())")
     out.get_by_text(f"{n} of 20 answers").wait_for()
-    shoot(book, shots, "behaviour_scores")
+    book.shoot(shots, "behaviour_scores", high=3300)
 
 
 def test_hostile_answers_are_inert_and_it_fits_where_it_is_narrow(notebook, shots):
     book = notebook(SETUP + HOSTILE_PANEL)
-    out, page = book.output(0), book.lab.page
-    page.set_viewport_size({"width": 760, "height": 1700})
+    out = book.output(0)
     press(out, "Run")
     book.until(f"panel.measured is not None and {IDLE}")
     press(out, "Judge again")
@@ -179,11 +155,11 @@ def test_hostile_answers_are_inert_and_it_fits_where_it_is_narrow(notebook, shot
     out.get_by_text("Cohen's kappa").wait_for()
     out.locator(".mdw-answers .mdw-badge", has_text="<img").first.wait_for()
     out.locator(".mdw-bokeh canvas").first.wait_for()
+    with book.narrow(760):
+        shots.take(out.locator(".mdw-card").nth(1), "behaviour_narrow.png")
+        in_place(out)
     book.exec("panel.pin()")
     book.panel.locator(".mdw-section").wait_for()
-    out.locator(".mdw-card").nth(1).screenshot(path=shots / "behaviour_narrow.png")
     drawn = "img:not([src^='data:image/png;base64,'])"
     assert book.panel.locator(".jp-OutputArea").locator(f"{drawn}, script, iframe").count() == 0
-    assert out.evaluate(WIDE) == []
     assert out.locator(".mdw-card mjx-container").count() == 0  # no formula is made of a name
-    page.set_viewport_size({"width": 1280, "height": 1700})

@@ -21,20 +21,12 @@ FINE = "panel.root.children[0].error == ['', '']"
 HOSTILE = '<img src=x onerror="alert(1)"> \u202e $$x^2$$'
 
 
-def shoot(book, shots, name):
-    """On a page that is as high as the panel, so that all of it is seen."""
-    page, size = book.lab.page, book.lab.page.viewport_size
-    page.set_viewport_size({**size, "height": 3000})
-    book.shoot(shots, name)
-    page.set_viewport_size(size)
-
-
 def test_from_candidates_to_the_table_of_arms(notebook, shots):
     book = notebook(OPEN)
     out = book.output(0)
     out.get_by_text("540 conversations on medicine").wait_for()
     in_place(out)
-    shoot(book, shots, "caft_empty")
+    book.shoot(shots, "caft_empty", high=3300)
     out.get_by_role("button", name="Find").click()
     book.until(IDLE, seconds=90)
     assert book.eval(FINE)
@@ -53,7 +45,7 @@ def test_from_candidates_to_the_table_of_arms(notebook, shots):
     out.get_by_placeholder("why these").press("Tab")
     book.until("panel.choice.rationale == 'they carry the change'")
     in_place(out)
-    shoot(book, shots, "caft_candidates")
+    book.shoot(shots, "caft_candidates", high=3300)
 
     book.exec("form.steps.value = 4000")
     out.get_by_role("button", name="Run").click()
@@ -71,8 +63,7 @@ def test_from_candidates_to_the_table_of_arms(notebook, shots):
     out.get_by_text("Finished: base, caft, plain.").wait_for()
     out.get_by_role("cell", name="plain", exact=True).wait_for()
     in_place(out)
-    book.lab.page.wait_for_timeout(500)
-    shoot(book, shots, "caft_arms")
+    book.shoot(shots, "caft_arms", high=3300)
     out.get_by_role("button", name="Audit the new model").click()
     book.until(f"panel.new_pair is not None and {IDLE}", seconds=60)
     out.get_by_text("ModelPair.load(find('em-base').base, adapter=").wait_for()
@@ -99,4 +90,4 @@ panel.computes.value = False
     book.until("panel.state.caft == []")
     out.get_by_role("button", name="Run").click()
     out.get_by_role("alert").get_by_text("no candidate is ticked").first.wait_for()
-    shoot(book, shots, "caft_hostile")
+    book.shoot(shots, "caft_hostile", high=3300)

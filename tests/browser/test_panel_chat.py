@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from tests.browser.steps import in_place
+
 pytestmark = pytest.mark.browser
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>\u202e{{x}}[a](javascript:alert(3))"
@@ -84,7 +86,7 @@ def test_chat_from_the_first_message_to_equal_histories(notebook, shots):
 
 def test_hostile_messages_stay_text_and_keys_do_not_reach_lab(notebook, shots):
     opened = notebook(OPEN, "panel")
-    out, page = opened.output(1), opened.lab.page
+    out = opened.output(1)
     message = out.get_by_label("message", exact=True)
     message.fill("")
     message.press_sequentially("abdz ")  # a and b insert cells in Lab's command mode
@@ -98,10 +100,9 @@ def test_hostile_messages_stay_text_and_keys_do_not_reach_lab(notebook, shots):
     opened.until(f"panel.jobs.wait(0) and panel.talk.turns[0].replies[0].text == {HOSTILE!r}")
     opened.exec("panel.pin()")
     out.locator(".mdw-static").wait_for()
-    page.set_viewport_size({"width": 720, "height": 1700})
-    page.wait_for_timeout(400)
-    out.screenshot(path=shots / "chat_narrow.png")
-    page.set_viewport_size({"width": 1280, "height": 1700})
+    with opened.narrow(720):
+        shots.take(out, "chat_narrow.png")
+        in_place(out)
     assert out.locator("img, script, iframe, a").count() == 0
     assert "⟨U+202E⟩" in out.locator(".said .words").first.inner_text()
     assert opened.panel.locator(".jp-Cell").count() == 2

@@ -7,6 +7,7 @@ import pytest
 
 from modeldiff_widgets._theme import css
 from tests.browser.labdriver import Bare
+from tests.browser.steps import in_place
 
 pytestmark = pytest.mark.browser
 
@@ -97,21 +98,15 @@ def test_stop_keeps_what_is_written_and_continue_goes_on(notebook):
 
 def test_hostile_prompts_stay_text_and_it_fits_where_it_is_narrow(notebook, shots):
     opened = notebook(OPEN, "panel")
-    out, page = opened.output(1), opened.lab.page
+    out = opened.output(1)
     opened.exec(
         f"panel.state.messages = [{{'role': 'system', 'content': {HOSTILE!r}}}, "
         f"{{'role': 'user', 'content': {HOSTILE!r}}}]\n{EDIT}\n"
         "panel.run(); panel.jobs.wait(30); panel.keep_run(); panel.pin()"
     )
-    page.set_viewport_size({"width": 720, "height": 1700})
-    page.wait_for_timeout(500)
-    out.screenshot(path=shots / "compare_narrow.png")
-    wide = out.evaluate("""e => [...e.querySelectorAll('.mdw *')].filter(c => c.checkVisibility()
-      && !c.closest('.mdw-scroll, .mdw-code')
-      && c.getBoundingClientRect().right > e.getBoundingClientRect().right + 1)
-      .map(c => c.className)""")
-    page.set_viewport_size({"width": 1280, "height": 1700})
-    assert wide == []
+    with opened.narrow(720):
+        shots.take(out, "compare_narrow.png")
+        in_place(out)
     assert out.locator("img, script, iframe").count() == 0
     assert "not judged" in out.get_by_role("alert").inner_text().lower()
 

@@ -31,6 +31,7 @@ def test_the_panel_from_the_first_direction_to_the_curve(notebook, shots):
     book.until(f"len(panel.view.columns) == 4 and {IDLE}")
     slider = out.get_by_role("slider").first
     slider.focus()
+    assert slider.get_attribute("aria-label") == "Coefficient"
     for _ in range(3):
         slider.press("ArrowLeft")
     book.until(f"panel.state.edits[0]['coefficient'] < 0.75 and {IDLE}")
@@ -50,7 +51,6 @@ def test_the_panel_from_the_first_direction_to_the_curve(notebook, shots):
     out.get_by_role("button", name="Measure").click()
     book.until(f"len(panel.plot.frame) == 5 and {IDLE}")
     out.get_by_text("Code", exact=True).click()
-    book.lab.page.wait_for_timeout(300)
     book.shoot(shots, "edits_dose")
 
 

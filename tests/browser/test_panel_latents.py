@@ -123,7 +123,6 @@ def test_a_box_filters_the_table_and_a_heading_sorts(notebook, shots):
     book.until("set(panel._passing()['class']) == {'shared'}")
     out.locator("select", has_text="ν error").select_option(label="ν error")
     book.until("panel.up.value == 'nu_error'")
-    page.wait_for_timeout(400)
     book.shoot(shots, "latents_nu")
 
 
@@ -180,6 +179,5 @@ def test_in_the_workbench_a_latent_goes_from_panel_to_panel(notebook, shots):
     go_to(out, "Training")
     out.get_by_text("rows of both models").wait_for()
     go_to(out, "Latents")
-    book.lab.page.wait_for_timeout(500)
     book.shoot(shots, "latents_workbench")
     assert book.eval("wb.bar.error == ['', '']")

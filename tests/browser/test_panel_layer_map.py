@@ -45,7 +45,6 @@ def test_maps_are_drawn_and_a_click_goes_there(notebook, shots):
     out.get_by_text("Nothing is drawn yet").wait_for()
     draw(book, "relative_norm")
     out.locator(".mdw-bokeh canvas").first.wait_for()
-    book.lab.page.wait_for_timeout(500)
     book.shoot(shots, "layer_map_norm")
     draw(book, "patch")
     click_cell(book, 11, 3)

@@ -18,15 +18,6 @@ panel
 IDLE = "panel.jobs.wait(60) and panel.root.children[0].error == ['', '']"
 
 
-def shoot(book, shots, name):
-    """Take the whole panel, which is higher than the page."""
-    page, before = book.lab.page, book.lab.page.viewport_size
-    page.set_viewport_size({"width": before["width"], "height": 2400})
-    page.wait_for_timeout(600)
-    book.shoot(shots, name)
-    page.set_viewport_size(before)
-
-
 def test_from_the_difference_to_a_patchscope(notebook, shots):
     book = notebook(OPEN)
     out = book.output(0)
@@ -56,14 +47,14 @@ def test_from_the_difference_to_a_patchscope(notebook, shots):
     press(out, "Read by patchscope")
     book.until("panel.scope is not None and panel.jobs.wait(60)", seconds=60)
     out.get_by_text("times the mean norm").wait_for()
-    shoot(book, shots, "lens_difference")
+    book.shoot(shots, "lens_difference", high=2400)
 
     book.exec("panel.state.add_direction(write_directions(adapter_modules(pair.sides)[0])[0])")
     out.get_by_role("button", name="A direction of the library").click()
     press(out, "Read")
     book.until(f"panel.reading.trace is None and {IDLE}", seconds=60)
     out.get_by_text("3.mlp.down_proj write 0 @ mlp_out.3 is read by").wait_for()
-    shoot(book, shots, "lens_direction")
+    book.shoot(shots, "lens_direction", high=2400)
 
     book.exec(f"""
 import modeldiff.logit_lens as lens_module

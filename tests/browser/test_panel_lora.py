@@ -45,15 +45,6 @@ POINT = """([id, x, y]) => {
 }"""
 
 
-def shoot(book, shots, name, index=0):
-    """Take the whole panel, which is higher than the page."""
-    page, before = book.lab.page, book.lab.page.viewport_size
-    page.set_viewport_size({"width": before["width"], "height": 3300})
-    page.wait_for_timeout(600)
-    book.shoot(shots, name, index)
-    page.set_viewport_size(before)
-
-
 def test_from_the_modules_to_leaving_one_out(notebook, shots):
     book = notebook(OPEN)
     out = book.output(0)
@@ -72,7 +63,7 @@ def test_from_the_modules_to_leaving_one_out(notebook, shots):
     press(out, "Leave one out")
     book.until(f"panel.effects is not None and {IDLE}", seconds=90)
     out.get_by_text("Whole adapter: KL").wait_for()
-    shoot(book, shots, "lora")
+    book.shoot(shots, "lora", high=3300)
     press(out, "All to 1")
     book.until("panel.state.edits == []")
     book.exec("pair.sides.lora and panel.state.set_trait('messages', [])")
@@ -102,7 +93,7 @@ def test_many_modules_sort_and_choose(notebook, shots):
     book.until(f"panel.scalars is not None and {IDLE}", seconds=60)
     press(out, "Leave one out")
     book.until(f"panel.effects is not None and {IDLE}", seconds=120)
-    shoot(book, shots, "lora_wide", 1)
+    book.shoot(shots, "lora_wide", 1, high=3300)
 
 
 def test_two_whole_models_get_one_sentence(notebook):

@@ -40,7 +40,6 @@ def test_curves_stream_and_stop_keeps_what_there_is(notebook, shots):
     book.until(f"state.dictionary is not None and {IDLE}")
     assert book.eval("0 < panel.n_done < 4000")
     assert book.eval("panel.plot.source.data['step'][-1] <= panel.n_done")
-    book.lab.page.wait_for_timeout(500)
     book.shoot(shots, "training_stopped")
     again = book.reopened()
     again.output(0).locator(".mdw-bokeh canvas").first.wait_for()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from modeldiff.report_text import visible
+from tests.browser.steps import POOR_CONTRAST
 from tests.report_sample import HOSTILE, hostile, sample, without_behaviour
 
 pytestmark = pytest.mark.browser
@@ -19,35 +20,6 @@ N_PLOTS = {"sample": 11, "without_behaviour": 2, "hostile": 11}
 COLOURS = """canvas => {
   const {data} = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
   return new Set(new Uint32Array(data.buffer)).size;
-}"""
-
-# every piece of text against the colours that lie under it, as WCAG 2 computes contrast
-POOR_CONTRAST = """() => {
-  const parse = text => {
-    const [r, g, b, a = 1] = text.match(/[\\d.]+(e-?\\d+)?/g).map(Number);
-    return text.startsWith("color(") ? [r * 255, g * 255, b * 255, a] : [r, g, b, a];
-  };
-  const over = ([r, g, b, a], below) => [r, g, b].map((c, i) => a * c + (1 - a) * below[i]);
-  const light = rgb => rgb.map(c => c / 255)
-    .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const poor = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const element = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim() || !element.checkVisibility()) continue;
-    const chain = [];
-    for (let e = element; e; e = e.parentElement) chain.unshift(e);
-    const paper = chain.map(e => parse(getComputedStyle(e).backgroundColor))
-      .reduce((below, colour) => over(colour, below), [255, 255, 255]);
-    const ink = over(parse(getComputedStyle(element).color), paper);
-    const [a, b] = [light(paper), light(ink)].sort((x, y) => y - x);
-    const ratio = (a + 0.05) / (b + 0.05);
-    const words = walker.currentNode.data.slice(0, 40);
-    const needed = element.closest("[aria-hidden=true]") ? 3 : 4.5;
-    if (ratio < needed) poor.push([ratio.toFixed(2), element.className, words]);
-  }
-  return poor;
 }"""
 
 
@@ -108,7 +80,7 @@ def test_the_page_draws_its_plots_and_can_be_read(browser, pages, shots, name, s
         for plot in plots.all():
             assert plot.locator("canvas").first.evaluate(COLOURS) > 10
             assert plot.get_attribute("aria-label")
-        page.screenshot(path=shots / f"report_{name}_{scheme}_{width}.png", full_page=True)
+        shots.take(page, f"report_{name}_{scheme}_{width}.png", full_page=True)
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         assert page.evaluate(POOR_CONTRAST) == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -197,7 +169,7 @@ def test_headings_and_tables_can_be_navigated(browser, pages):
 def test_paper_gets_whole_plots_on_white(browser, pages, shots):
     with opened(browser, pages["sample"], color_scheme="dark") as result:
         page = result.page
-        page.pdf(path=shots / "report_sample.pdf", format="A4")
+        assert page.pdf(path=shots.folder and shots.folder / "report_sample.pdf", format="A4")
         assert page.locator(".paper").count() == 0
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
         page.emulate_media(media="print")

@@ -1,7 +1,6 @@
 """The whole workbench in JupyterLab: what is found in one panel is used in the others."""
 
 import base64
-import os
 from pathlib import Path
 
 import pytest
@@ -106,8 +105,8 @@ def test_a_direction_that_is_found_is_ablated_compared_and_talked_to(notebook, s
     said = out.locator(".mdw-answers:visible .cell .words").all_inner_texts()
     assert said == [compared[0], compared[1], compared[3]]  # same question, edits and seed
     book.shoot(shots, "chat", 1)
-    if "MODELDIFF_SHOTS" in os.environ:
-        photograph(book, shots / "workbench.png")
+    if shots.wanted:
+        photograph(book, shots.folder / "workbench.png")
 
 
 def test_a_cell_that_is_clicked_is_read_and_everything_outlives_the_page(notebook, shots):
@@ -143,5 +142,5 @@ def test_a_cell_that_is_clicked_is_read_and_everything_outlives_the_page(noteboo
     pinned = alone.output(1).locator(".mdw-static")
     pinned.locator(".mdw-title", has_text="Tokens").wait_for()
     assert "<|assistant|>" in pinned.inner_text()
-    pinned.screenshot(path=shots / "pinned_without_kernel.png")
+    shots.take(pinned, "pinned_without_kernel.png")
     book.lab.trouble[:] = [each for each in book.lab.trouble if "not found" not in each]

@@ -14,6 +14,7 @@ from modeldiff.organisms.planted import planted_latents
 
 pytestmark = pytest.mark.slow
 HELD_OUT = 4000
+OFTEN = 10  # rows on which a latent fires that counts: as for classes; planted ones have 160
 PLAN = TrainConfig(steps=1200, batch_size=512, lr=2e-2, log_every=200)
 
 
@@ -33,10 +34,10 @@ def acts(planted):
 
 
 def called(made, fired, owner):
-    """Latents that fire and whose decoder norms say that they are the owner's."""
+    """Latents that fire often enough and whose decoder norms say that they are the owner's."""
     norm = made.relative_decoder_norm
     says = {"base": norm < 0.1, "finetuned": norm > 0.9, "shared": (norm - 0.5).abs() < 0.2}
-    return (says[owner] & (fired > 0)).nonzero().squeeze(1)
+    return (says[owner] & (fired >= OFTEN)).nonzero().squeeze(1)
 
 
 def recall_and_precision(made, fired, planted, owner):
@@ -137,7 +138,7 @@ def test_the_models_own_size_does_not_change_the_classes(found, acts):
     report("latents of each class:", str(counts))
     for owner in ("base", "finetuned"):
         assert counts[owner][0] == counts[owner][1] == 12
-    assert sum(after for _, after in counts.values()) == int((seen.fired > 0).sum())
+    assert sum(after for _, after in counts.values()) == int((seen.fired >= OFTEN).sum())
     ratio = made.decoder("finetuned").norm(dim=1) / made.decoder("base").norm(dim=1)
     shared = called(made, seen.fired, "shared")
     assert float(ratio[shared].median()) == pytest.approx(3.0, rel=0.05)

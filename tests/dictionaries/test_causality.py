@@ -126,6 +126,9 @@ def test_errors(planted):
     made = dictionary(truth)
     with pytest.raises(MismatchError, match="crosscoder"):
         causality(pair.sides, sae(32, 4, k=2, site=SITE), TEXTS, SETS)
+    for wrong in (-1, made.config.n_latents):
+        with pytest.raises(MismatchError, match=f"latent {wrong} of a dictionary"):
+            causality(pair.sides, made, TEXTS[:2], {"mine": [0, wrong]})
     with pytest.raises(MaskError, match="no predicted token"):
         causality(pair.sides, made, TEXTS[:2], SETS, on="new")
     with pytest.raises(MismatchError, match="nothing below the site changed"):

@@ -125,6 +125,8 @@ def test_the_lens_reads_a_planted_word_and_not_random_decoders(planted):
         made.W_dec[3] = 0
     with pytest.raises(DirectionError, match="both decoders"):
         latent_lens(pair.sides, made, 3)
+    with pytest.raises(MismatchError, match="latent 999 of"):
+        latent_lens(pair.sides, made, 999)
     assert len(top_tokens(pair.sides, made, [3])) == 0
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from modeldiff.dictionaries.configs import TrainConfig
-from modeldiff.dictionaries.losses import aux_loss, constrain_gradients, loss
+from modeldiff.dictionaries.losses import ALIKE, FLAT, aux_loss, constrain_gradients, loss
 from modeldiff.dictionaries.models import crosscoder, sae
 
 PLAIN = TrainConfig(steps=10, aux=0.0)
@@ -149,6 +149,20 @@ def test_the_aux_loss_is_the_share_that_is_left(x):
     share = (error - explained).square().sum() / (error - error.mean(0)).square().sum()
     got = aux_loss(made, made.pre(x), error, dead, k_aux=5)
     assert got.item() == pytest.approx(float(share), rel=1e-5)
+
+
+def test_what_hardly_varies_is_not_divided_by(x):
+    """One row alone, and two models that differ by rounding: the shares stay bounded."""
+    made = filled(crosscoder(6, 12, k=3))
+    dead = asleep(made)
+    for error in (x[:1], x[:1].expand_as(x)):
+        share = aux_loss(made, made.pre(x[: len(error)]), error, dead).item()
+        assert share == pytest.approx(1 / FLAT)
+    x[:, 1] = x[:, 0] + 1e-7 * torch.randn(16, 6)
+    more = loss(made, x, replace(PLAIN, delta=1.0)).total - loss(made, x, PLAIN).total
+    raw = made.normaliser.undo(made.decode_normalised(loss(made, x, PLAIN).latents))
+    left = (raw[:, 1] - raw[:, 0]).square().sum() / (ALIKE * x.square().sum())
+    assert more.item() == pytest.approx(left.item(), rel=1e-3)
 
 
 def test_the_delta_loss_is_of_the_raw_difference(x):

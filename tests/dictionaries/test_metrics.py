@@ -43,6 +43,13 @@ def test_the_batch_size_does_not_count(made, acts, batch_size):
     assert parts.fired.tolist() == whole.fired.tolist()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_are_refused(made, acts, value):
+    acts[70, 1, 2] = value
+    with pytest.raises(MismatchError, match="not finite"):
+        evaluate(made, TensorRows(acts))
+
+
 def test_a_constant_error_is_an_error(made, acts):
     """Unlike the ratio of variances, which does not see a biased reconstruction."""
     before = evaluate(made, TensorRows(acts)).fve[1]

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from threading import Event
 
 import numpy as np
@@ -113,7 +114,11 @@ def test_without_tokens_or_texts():
     made, x = dictionary(), torch.randn(40, 2, D)
     doc = torch.arange(40) // 4
     source = TensorRows(x, document=doc, position=torch.arange(40) % 4)
-    assert len(text_diff(made, source, source).tokens) == 0
+    named = replace(source, token_id=torch.arange(40) + 1)
+    for a, b in ((source, source), (source, named), (named, source)):
+        found = text_diff(made, a, b)
+        assert len(found.tokens) == 0
+        assert found.n_texts == (10, 10)
     one = TensorRows(x, document=torch.zeros(40).long(), position=torch.arange(40))
     with pytest.raises(MismatchError, match="several texts"):
         text_diff(made, source, one)

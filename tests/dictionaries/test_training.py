@@ -4,15 +4,23 @@ from threading import Event
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from modeldiff.dictionaries import checkpoints
+from modeldiff.dictionaries import checkpoints, files
 from modeldiff.dictionaries.checkpoints import FILE
 from modeldiff.dictionaries.configs import Activation, Normaliser
+from modeldiff.dictionaries.metrics import evaluate
 from modeldiff.dictionaries.models import crosscoder, sae
 from modeldiff.dictionaries.sources import TensorRows
 from modeldiff.dictionaries.training import TrainConfig, train
-from modeldiff.errors import Cancelled, FileFormatError, MismatchError, TrainingError
+from modeldiff.errors import (
+    Cancelled,
+    FileFormatError,
+    MismatchError,
+    StoreError,
+    TrainingError,
+)
 
 PLAN = TrainConfig(steps=30, batch_size=32, log_every=10, fast="off", dead_after=64,
                    threshold_start=8, k_start=5)  # fmt: skip
@@ -159,16 +167,17 @@ def test_damaged_checkpoints_are_refused(fault, source, tmp_path):
         train(fresh(), source, PLAN, folder=tmp_path)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_full_disk_leaves_the_last_checkpoint(source, tmp_path, monkeypatch, kind):
     with pytest.raises(Cancelled):
         train(fresh(), source, PLAN, folder=tmp_path, **stop_at(10))
     before = (tmp_path / FILE).read_bytes()
 
     def full(*_):
-        raise OSError("No space left on device")
+        raise kind("No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(StoreError, match=r"MB\) failed: No space .* make room"):
         train(fresh(), source, PLAN, folder=tmp_path)
     assert (tmp_path / FILE).read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
@@ -222,6 +231,22 @@ def test_the_threshold_is_the_moving_average_of_the_smallest_kept(source):
     expected = 0.9 * first.threshold + 0.1 * made.threshold
     assert float(other.threshold) == pytest.approx(float(expected), rel=1e-6)
     assert float(first.threshold) != float(made.threshold)
+
+
+def test_the_threshold_of_a_short_run_is_of_its_end():
+    """While weights grow, the smallest kept score does: an old one lets too few latents fire."""
+    rows = TensorRows(torch.randn(1000, 2, 12))
+    plan = replace(PLAN, steps=150, batch_size=128, lr=1e-2, threshold_start=None, k_start=None)
+    found = {
+        beta: evaluate(
+            train(crosscoder(12, 96, k=4), rows, replace(plan, threshold_beta=beta)).dictionary,
+            rows,
+        ).l0
+        for beta in (None, 0.999)
+    }
+    assert found[None] == pytest.approx(4, rel=0.05)
+    assert abs(found[0.999] - 4) > 4 * abs(found[None] - 4)
+    assert replace(plan, steps=10**6).threshold_keeps == 0.999
 
 
 def test_a_normaliser_is_fitted_where_there_is_none(source):
@@ -282,13 +307,18 @@ def test_bfloat16_is_near_float32(source):
     assert half.dictionary.W_dec.dtype == torch.float32
 
 
-def test_rows_that_are_not_finite_stop_the_run(tmp_path):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", [*KINDS, "fused"])
+def test_rows_that_are_not_finite_stop_the_run(kind, value, tmp_path):
+    """At the step that sees them: what was learnt before is kept."""
     acts = torch.randn(100, 2, 6)
-    made = fresh()
+    made = crosscoder(6, 240, k=2) if kind == "fused" else fresh(kind)
     made.set_normaliser(Normaliser.fit(acts))
-    acts[50] = torch.nan
-    with pytest.raises(TrainingError, match="the loss is nan"):
-        train(made, TensorRows(acts), PLAN, folder=tmp_path)
+    acts[50, 1, 3] = value
+    plan = replace(PLAN, fast="on" if kind == "fused" else "off")
+    with pytest.raises(TrainingError, match="finite"):
+        train(made, TensorRows(acts), plan, folder=tmp_path)
+    assert all(each.isfinite().all() for each in made.state_dict().values())
     assert not list(tmp_path.iterdir())
 
 
@@ -299,5 +329,7 @@ def test_what_does_not_fit_is_refused(source):
         train(sae(6, 24, k=2), source, replace(PLAN, delta=1.0))
     with pytest.raises(MismatchError, match="k_start=99"):
         train(fresh(), source, replace(PLAN, k_start=99))
+    with pytest.raises(MismatchError, match="Tensor is no source of rows"):
+        train(fresh(), source.acts, PLAN)
     with pytest.raises(MismatchError, match="no fused step"):
         train(fresh("gated"), source, replace(PLAN, fast="on"))

@@ -5,8 +5,10 @@ import weakref
 
 import pytest
 
+from modeldiff._progress import watcher
 from modeldiff.errors import Cancelled
 from modeldiff_widgets import JobRunner
+from modeldiff_widgets._job_bar import JobBar
 
 
 @pytest.fixture
@@ -220,3 +222,43 @@ def test_a_finished_job_is_not_kept_alive(runner):
     assert runner.wait(5)
     gc.collect()
     assert gone() is None
+
+
+def test_jobs_on_a_server_are_told_of_whatever_call_makes_them(runner):
+    """The library tells whoever watches; a panel's call need not pass anything on."""
+    bar, said, gate = JobBar(runner), [], threading.Event()
+    runner.on_change(lambda job: said.append((job.remote, bar.message)))
+
+    def work(job):
+        watching = watcher()
+        assert watching is not None
+        tell, cancel = watching.tell, watching.cancel
+        assert cancel is job.cancel
+        for state in ("sending", "queued", "running"):
+            tell(state)
+        for done in (1, 2):
+            job.progress(done, 3, f"{done} of 3 batches")
+            for state in ("kept",) if done == 1 else ("sending", "queued"):
+                tell(state)
+        tell("sending")
+        gate.wait(5)
+        assert job.cancel.is_set()
+        tell("left")
+        raise Cancelled("stopped waiting")
+
+    job = started(runner.submit(work, key="remote"))
+    while "step 3 of 3, job 4: sending" not in job.remote and not job.finished:
+        time.sleep(0.002)
+    runner.cancel()
+    gate.set()
+    assert runner.wait(5)
+    told = [remote for remote, _ in said]
+    seen = [each for each in dict.fromkeys(told) if each]
+    assert seen[:3] == ["job 1: sending", "job 1: queued", "job 1: running"]
+    assert seen[3:6] == ["job 3 of 3: sending", "job 3 of 3: queued", "step 3 of 3, job 4: sending"]
+    assert "the server goes on with it" in bar.message
+    assert watcher() is None, "in this thread nobody watches"
+    later = runner.submit(lambda job: None, key="other")
+    assert runner.wait(5)
+    assert later.remote == ""
+    bar.close()

@@ -2,13 +2,15 @@
 
 import re
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import ipywidgets
 import pytest
 import torch
 
-from modeldiff.caft_reading import Choice
+from modeldiff.behaviours import Verdict
+from modeldiff.caft_reading import Choice, choose_by_judge
 from modeldiff.directions import Direction
 from modeldiff.models import ModelPair
 from modeldiff.sft_plans import SFTPlan
@@ -19,6 +21,7 @@ from modeldiff_widgets.caft import Caft
 from tests.families import tokenizer
 from tests.planted import LAYER, NOUNS, behaviour, llama_with_a_constant, planted_pair
 from tests.test_sft import chats
+from tests.widgets.dictionary_toy import planted_dictionary
 
 PLAN = SFTPlan("rank1", layers=(1,), learning_rate=3e-2, steps=4, batch=8, accumulation=1,
                warmup=0, evaluate_every=2)  # fmt: skip
@@ -167,12 +170,12 @@ def test_marked_directions_are_candidates_that_are_ticked(panel, truth, given):
 
 
 def test_keywords_tick_and_a_choice_is_kept_with_its_reason(panel, tmp_path):
-    panel.by_words.click()
+    panel.choosers.by_words.click()
     assert "press Find first" in panel.root.children[0].error[0]
     panel.state.add_direction(noise())
     panel.go.click()
     finished(panel)
-    panel.rationale.value, panel.keywords.value = "it says the", "the"
+    panel.rationale.value, panel.choosers.keywords.value = "it says the", "the"
     choice = panel.tick_by_keywords()
     assert choice.ticked == panel.ticked == (MEAN,)
     assert choice.reading == panel.reading.key
@@ -187,6 +190,97 @@ def test_keywords_tick_and_a_choice_is_kept_with_its_reason(panel, tmp_path):
     assert (panel.ticked, panel.rationale.value) == (choice.ticked, "it says the")
     assert panel.choice == choice
     assert "another reading" not in panel.choice_note.value
+
+
+class Letters:
+    """Knows some answers, and the questions before them."""
+
+    name = "letters"
+
+    def __init__(self):
+        self.wanted = set()
+
+    def __call__(self, prompt, answer):
+        return Verdict("known", (prompt.question, answer) in self.wanted, True)
+
+
+def test_a_judge_of_passages_ticks_and_says_why(pair, given):
+    letters = Letters()
+    with Caft(pair, **given, judges=[letters]) as panel:
+        panel.choosers.by_judge.click()
+        assert "press Find first" in panel.root.children[0].error[0]
+        assert list(panel.choosers.judges)[:2] == ["letters", given["behaviours"][0].judge.name]
+        panel.layers.value, panel.components.value = str(LAYER), 2
+        panel.go.click()
+        finished(panel)
+        panel.choosers.by_judge.click()
+        finished(panel)
+        assert (panel.ticked, panel.choice_note.value) == ((), "0 of 1 ticked by letters.")
+        assert panel.reading is not None
+        largest = panel.reading.of_candidate(MEAN, "max")
+        letters.wanted = {(each.question, each.answer) for each in largest}
+        panel.choosers.by_judge.click()
+        finished(panel)
+        assert panel.ticked == (MEAN,)
+        assert panel.choice == choose_by_judge(panel.reading, letters)
+        assert re.search(r"12 of 12 answers at its max and \d of 12", panel.words.value)  # why
+        assert panel.choice_note.value == "1 of 1 ticked by letters."
+        panel.choosers.judge.value = given["behaviours"][0].judge.name
+        panel.choosers.by_judge.click()
+        finished(panel)
+        assert "It also judges the trained models" in panel.choice_note.value
+
+
+def test_a_judge_that_can_judge_nothing_ticks_nothing_and_one_can_be_stopped(pair, given):
+    class Blind(Letters):
+        name = "blind"
+
+        def __call__(self, prompt, answer):
+            began.set()
+            panel.jobs.cancel() if stop else None
+            return Verdict("?", None, None)
+
+    began, stop = Event(), False
+    with Caft(pair, **given, judges=[Blind()]) as panel:
+        panel.layers.value = str(LAYER)
+        panel.go.click()
+        finished(panel)
+        panel.tick(MEAN)
+        panel.tick_by_judge()
+        assert panel.jobs.wait(20)
+        assert "could judge none of" in panel.root.children[0].error[0]
+        assert panel.ticked == (MEAN,)
+        stop = True
+        panel.tick_by_judge()
+        assert panel.jobs.wait(20)
+        assert panel.root.children[0].status == "cancelled"
+        assert panel.ticked == (MEAN,)
+
+
+def test_latents_are_candidates_and_the_code_finds_the_same(pair, given):
+    latents = planted_dictionary(pair.d_model, f"resid_post.{LAYER}")
+    with Caft(pair, **given) as panel:
+        assert panel.latents.disabled
+        panel.state.use_dictionary(latents)
+        assert not panel.latents.disabled
+        panel.latents.value, panel.computes.value = True, False
+        panel.go.click()
+        finished(panel)
+        assert panel.found
+        directions = latents.W_dec.detach()[:, 1]
+        for each in panel.found:
+            (latent,) = map(int, re.findall(r"latent (\d+)", each.name))
+            cosine = torch.nn.functional.cosine_similarity(
+                each.direction.vector, directions[latent], dim=0)  # fmt: skip
+            assert abs(float(cosine)) > 0.999
+        scope = scope_of(panel, given)
+        exec(panel.code(), scope)
+        assert [e.name for e in scope["found"]] == [e.name for e in panel.candidates]
+        assert panel.reading is not None
+        assert scope["reading"].key == panel.reading.key
+        panel.state.use_dictionary(None)
+        assert panel.latents.disabled
+        assert not panel.latents.value
 
 
 def test_files_that_cannot_be_are_refused(panel):
@@ -358,8 +452,10 @@ def test_what_cannot_be_is_said_before_anything_runs(panel):
 def test_without_rows_it_says_how_to_give_some(pair):
     with Caft(pair, behaviours=[behaviour(6)]) as panel:
         mark(panel)
+        assert panel.form.start.disabled
         panel.form.start.click()
         assert panel.jobs.wait(30)
+        assert "failed" in panel.status.value
         assert "Caft(pair, rows=..., held_out=..., loader=...)" in panel.root.children[0].error[0]
         compile(panel.code(), "snippet", "exec")
 

@@ -180,7 +180,7 @@ def test_leave_one_out_is_drawn_beside_its_band_and_the_snippet_gives_it(panel):
     again = leave_one_out(panel.pair.sides, known["answers"], by="layer", n_random=4)
     assert again.equals(found)
     assert panel.bars.pane.layout.display == ""
-    assert f"{found['total'][0]:.3g} nats a token, 2 answer(s)" in panel.effects_view.value
+    assert f"{found['total'][0]:.3g} nats a token, answers: 2;" in panel.effects_view.value
     panel.lines.value = " \n"
     panel.leave.click()
     assert "there is no prompt" in panel.root.children[0].error[0]

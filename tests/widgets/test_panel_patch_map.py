@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import ipywidgets
@@ -17,7 +18,7 @@ from modeldiff.patching import components_of, kl_to, logit_difference, patch_map
 from modeldiff.self_repair import ablation_table
 from modeldiff_widgets import AuditState, Workbench
 from modeldiff_widgets._patch_ask import edit_of
-from modeldiff_widgets.patch_map import PatchMap
+from modeldiff_widgets.patch_map import PatchMap, _summary
 from modeldiff_widgets.tokens import Tokens
 from tests.families import model, tokenizer
 from tests.planted import LAYER, null_pair, planted_pair
@@ -75,6 +76,17 @@ def test_the_code_gives_the_numbers_that_are_drawn(panel, metric, side):
     assert torch.equal(drawn.reshape(panel.values.shape), panel.values)
     kinds = [c.part for c in found.components]
     assert kinds == sorted(kinds, key=("resid_post", "attn_out", "mlp_out").index)
+
+
+def test_shares_of_a_way_that_is_hardly_one_are_left_out(panel):
+    found = draw(panel, metric="kl")
+    row, column = found.strongest(1)[0]
+    near = replace(found.patches, target=found.patches.start + abs(found.way) / 1000)
+    small = replace(found, patches=near)
+    assert found.recovered(row, column) == pytest.approx(1, abs=0.2)
+    assert math.isnan(small.recovered(row, column))
+    assert "left out" in _summary(small)
+    assert "left out" not in _summary(found)
 
 
 def test_only_the_planted_layer_and_what_is_above_it_carries(panel):

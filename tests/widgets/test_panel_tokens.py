@@ -172,7 +172,7 @@ def test_a_chat_a_plain_text_and_an_answered_chat(panel):
     assert panel.shown.text.roles.count("user") > 3
     assert panel.shown.text.roles[-1] in ("assistant", "template")
     panel.state.messages = [*panel.state.messages, {"role": "assistant", "content": "the sea"}]
-    assert "1 other turn" in panel.prompt.turns.value
+    assert "a chat of 2 turns" in panel.prompt.turns.value
     run(panel)
     assert panel.shown.text.text.count("the sea") == 1
     assert executed(panel) == [each.column("kl_ft_base") for each in panel.scores]

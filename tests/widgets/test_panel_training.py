@@ -155,10 +155,12 @@ def test_a_checkpoint_is_gone_on_from(panel, tmp_path):
     ],
 )
 def test_what_cannot_be_is_said(panel, changes, what):
+    assert panel.batch.value <= panel.state.rows.n_rows  # as it opens, a step can be made
     small(panel, **changes)
     panel.go.click()
     assert panel.jobs.wait(30)
     assert what in panel.root.children[0].error[0]
+    assert "…" not in panel.status.value  # not what it was about to do
     assert panel.state.dictionary is None
 
 

@@ -62,17 +62,24 @@ class Data:
     organism: str = ""
     _rows: Rows | None = field(default=None, repr=False)
 
+    @property
+    def missing(self) -> str:
+        """What to do where nothing can be trained; "" where it can."""
+        if self.make is not None and self.base is not None:
+            return ""
+        return (
+            "Open the panel as Caft(pair, rows=..., held_out=..., loader=...): rows are made by "
+            "modeldiff.sft_rows.response_rows, the loader loads a fresh base."
+        )
+
     def rows(self) -> Rows:
         """The rows, made at the first call.
 
         Raises:
             SetupError: If there are none, or the base is not known.
         """
-        if self.make is None or self.base is None:
-            raise SetupError(
-                f"{self.about} Open the panel as Caft(pair, rows=..., held_out=..., loader=...): "
-                "rows are made by modeldiff.sft_rows.response_rows, the loader loads a fresh base."
-            )
+        if self.missing or self.make is None:
+            raise SetupError(f"{self.about} {self.missing}")
         if self._rows is None:
             self._rows = self.make()
         return self._rows

@@ -44,6 +44,7 @@ class RunForm:
         self._comparison_controls()
         self.folder = W.Text(value="caft", placeholder="nothing is kept", continuous_update=False)
         self.start = _theme.button("Run", primary=True, icon="play")
+        self.start.disabled = bool(self.data.missing)
         self.stop = _theme.button("Stop and keep", icon="stop")
         self.stop.tooltip = "end now; finished arms stay, and Run goes on from the folder"
         self.stop.disabled = True
@@ -68,7 +69,7 @@ class RunForm:
     def build(self) -> Sequence[W.Widget]:
         """Lay them out."""
         return (
-            _theme.note(self.data.about),
+            _theme.note(f"{self.data.about} {self.data.missing}".strip()),
             _theme.note("Arms to run:"), _theme.row(*self.arms.values()),
             _theme.row(
                 _theme.field("What is trained", self.kind, width="8rem"),

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bokeh.layouts import row
 from bokeh.models import ColumnDataSource, FactorRange, HoverTool, NumeralTickFormatter, Range1d
 from bokeh.plotting import figure
 
 from modeldiff.caft_results import BASE, CaftResult, Cell
 from modeldiff_widgets import _render
 from modeldiff_widgets._bokeh_pane import BokehPane
-from modeldiff_widgets._theme import COLOURS
+from modeldiff_widgets._theme import COLOURS, side_by_side
 
 TONES = {
     BASE: COLOURS["base"], "plain": COLOURS["finetuned"], "caft": COLOURS["edited"],
@@ -60,8 +59,7 @@ class RunPlot:
         self.rates = ColumnDataSource({name: [] for name in _RATES})
         self.arms = FactorRange(factors=[])
         self.pane = BokehPane(
-            row(self._losses(), self._bars(), sizing_mode="stretch_width", spacing=12),
-            label="Arms: nothing was trained yet",
+            side_by_side([self._losses(), self._bars()]), label="Arms: nothing was trained yet"
         )
 
     def begin(self, arms: Sequence[str], behaviour: str) -> None:

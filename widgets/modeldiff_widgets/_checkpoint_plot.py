@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from bokeh.layouts import column, row
+from bokeh.layouts import column
 from bokeh.models import (
     BasicTicker,
     BasicTickFormatter,
@@ -24,7 +24,7 @@ from modeldiff.series import path_pca
 from modeldiff_widgets import _render
 from modeldiff_widgets._bokeh_pane import BokehPane
 from modeldiff_widgets._checkpoint_source import Course
-from modeldiff_widgets._theme import BASE, EDITED, FINETUNED, RANDOM
+from modeldiff_widgets._theme import BASE, EDITED, FINETUNED, RANDOM, side_by_side
 
 _ALONG = ("step", "norm", "moved", "cosine_to_last", "pc1", "pc2")
 _TURN = ("step", "local_cosine", "walk_low", "walk_high")
@@ -62,7 +62,7 @@ class CheckpointPlot:
         self._draw()
         f = self.figures
         rows = [("turn", "path"), ("norm", "last"), ("rate", "gradient")]
-        boxes = [row([f[a], f[b]], sizing_mode="stretch_width", spacing=12) for a, b in rows]
+        boxes = [side_by_side([f[a], f[b]]) for a, b in rows]
         self.logged = boxes[-1]
         self.pane = BokehPane(
             column(*boxes, sizing_mode="stretch_width", spacing=10), label="Checkpoints"

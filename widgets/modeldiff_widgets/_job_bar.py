@@ -27,6 +27,7 @@ class JobBar(anywidget.AnyWidget):
     message = traitlets.Unicode().tag(sync=True)
     error = traitlets.List(["", ""], help="One line and the traceback.").tag(sync=True)
     can_pin = traitlets.Bool(False).tag(sync=True)
+    heard = traitlets.Int(0, help="Clicks on Cancel that were heard.").tag(sync=True)
 
     def __init__(self, jobs: JobRunner, on_pin: Callable[[], Any] | None = None) -> None:
         self._jobs, self._on_pin = jobs, on_pin
@@ -52,7 +53,10 @@ class JobBar(anywidget.AnyWidget):
 
     def _receive(self, widget: Any, content: Mapping[str, Any], buffers: Any) -> None:
         if content.get("kind") == "cancel":
-            self._jobs.cancel()
+            number = int(content.get("number", self.heard + 1))
+            if number > self.heard:  # the page asks until it was heard
+                self.heard = number
+                self._jobs.cancel()
         elif content.get("kind") == "pin" and self._on_pin is not None:
             try:
                 self._on_pin()
@@ -62,4 +66,5 @@ class JobBar(anywidget.AnyWidget):
 
 def _message(job: Job) -> str:
     took = f"{job.seconds:.1f} s" if job.finished and job.seconds else ""
-    return " · ".join(part for part in (job.message, took) if part)
+    doing = "" if job.status == "done" else job.message  # it was the last thing before the end
+    return " · ".join(part for part in (doing, job.remote, took) if part)

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from modeldiff._progress import watched
 from modeldiff.errors import Cancelled
 
 Status = Literal["queued", "running", "done", "cancelled", "failed"]
 Work = Callable[["Job"], Any]
+_STATES = {"left": "no longer waited for; the server goes on with it, and asking again finds it"}
 _EVERY = 0.05  # seconds between two reports that are shown
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class Job:
         result: What its function returned.
         error: One line, and the traceback; None unless it failed.
         seconds: How long it ran.
+        remote: Where its job on a server stands, of a remote pair; empty without one.
     """
 
     key: str
@@ -46,6 +49,9 @@ class Job:
     result: Any = None
     error: tuple[str, str] | None = None
     seconds: float = 0.0
+    remote: str = ""
+    _steps: tuple[int, int] = field(default=(0, 0), repr=False)
+    _asked: int = field(default=0, repr=False)
     _tell: Callable[["Job"], None] = field(default=lambda job: None, repr=False)
     _told: float = field(default=0.0, repr=False)
 
@@ -65,7 +71,22 @@ class Job:
 
     def progress(self, done: int, total: int, message: str) -> None:
         """The same as modeldiff's ``progress=`` wants it: hand on ``progress=job.progress``."""
+        self._steps = done, total
         self.report(done / max(total, 1), message)
+
+    def tell(self, state: str) -> None:
+        """Say where a job on a server stands, see `modeldiff._progress.Watcher`; shown at once."""
+        self._asked += state in ("sending", "kept")
+        if state == "kept":
+            return
+        done, total = self._steps
+        number = f"job {self._asked}"
+        if self._asked <= total and self._asked == done + 1:
+            number += f" of {total}"
+        elif done < total:
+            number = f"step {done + 1} of {total}, {number}"
+        self.remote = f"{number}: {_STATES.get(state, state)}"
+        self._tell(self)
 
     @property
     def finished(self) -> bool:
@@ -222,7 +243,8 @@ class JobRunner:
         self._notify(job)
         status: Status = "done"
         try:
-            job.result = task.work(job)
+            with watched(job.tell, job.cancel):
+                job.result = task.work(job)
             job.seconds = time.monotonic() - start
             if task.on_done is not None and not self._superseded(job):
                 task.on_done(job)
@@ -242,6 +264,8 @@ class JobRunner:
         job.status = status
         if status == "done":
             job.fraction = 1.0
+        if status != "cancelled":
+            job.remote = ""
         self._notify(job)
 
     def _notify(self, job: Job) -> None:

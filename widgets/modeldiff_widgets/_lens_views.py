@@ -63,12 +63,12 @@ def _verdict(lens: DifferenceLens, position: int, n: int) -> str:
     row = lens.reach[lens.reach["position"] == position].iloc[0]
     p, least = max(row["p_random"], row["p_random_difference"]), 1 / (n + 1)
     said = (
-        "further than every control of both kinds" if p <= least + 1e-9
-        else "not further than all of its controls: such tokens may mean nothing"
+        "reaches further than every control of both kinds" if p <= least + 1e-9
+        else "does not reach further than all of its controls: such tokens may mean nothing"
     )  # fmt: skip
     flag = " The first token, or a massive one: may be an artefact." if row["flagged"] else ""
     return (
-        f"Its largest logit is {row['reach']:.2f}; it reaches {said} (p = {row['p_random']:.2g} "
+        f"Its largest logit is {row['reach']:.2f}; it {said} (p = {row['p_random']:.2g} "
         f"among {n} random directions, {row['p_random_difference']:.2g} among {n} random "
         f"differences).{flag} Logits at root mean square 1, centred over the vocabulary."
     )
@@ -79,7 +79,7 @@ def query_html(table: pd.DataFrame, before: str = "") -> str:
     headings = ["token", "logit", "95 % of random directions", "p", "random differences", "p",
                 "rank", "random ranks"]  # fmt: skip
     rows = [
-        [token_text(str(r["token"])), f"{r['logit']:+.2f}",
+        [token_text(str(r["token"])), _signed(r["logit"]),
          _range(r["random_low"], r["random_high"]), float(r["random_p"]),
          _range(r["difference_low"], r["difference_high"]), float(r["difference_p"]),
          f"{r['rank'] + 1:,} of {r['n_tokens']:,}",
@@ -93,7 +93,11 @@ def query_html(table: pd.DataFrame, before: str = "") -> str:
 
 
 def _range(low: float, high: float) -> str:
-    return "–" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
+    return "–" if math.isnan(low) else f"{_signed(low)} to {_signed(high)}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def relevance_html(table: pd.DataFrame, words: Sequence[str]) -> str:

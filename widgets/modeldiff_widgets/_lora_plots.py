@@ -154,7 +154,7 @@ class EffectBars:
         fig.xaxis.ticker = BasicTicker(desired_num_ticks=6)
         fig.ygrid.grid_line_color = None
         fig.x_range.start = 0
-        fig.legend.orientation, fig.legend.spacing = "horizontal", 18
+        fig.legend.orientation, fig.legend.spacing, fig.legend.ncols = "horizontal", 18, 2
         fig.add_layout(fig.legend[0], "above")
 
 

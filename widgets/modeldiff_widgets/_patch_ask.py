@@ -183,9 +183,21 @@ class Found:
         best = sizes.sort(descending=True, stable=True).indices[:n].tolist()
         return [divmod(each, self.values.shape[1]) for each in best if sizes[each] > 0]
 
+    @property
+    def way(self) -> float:
+        """How far the sides differ in what is measured; NaN for estimates."""
+        return float("nan") if self.patches is None else self.patches.target - self.patches.start
+
+    @property
+    def has_way(self) -> bool:
+        """Whether shares of it say something: no cell changes more than twice as much."""
+        return float(self.values.abs().nan_to_num(0.0).max()) <= 2 * abs(self.way)
+
     def recovered(self, row: int, column: int) -> float:
         """Share of the way to the other side; NaN for estimates and where the sides agree."""
-        return float("nan") if self.patches is None else float(self.patches.recovered[row, column])
+        if self.patches is None or not self.has_way:
+            return float("nan")
+        return float(self.patches.recovered[row, column])
 
 
 def moved_tokens(pair: ModelPair, text: Text) -> tuple[int, int]:

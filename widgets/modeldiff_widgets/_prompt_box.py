@@ -185,7 +185,7 @@ class PromptBox:
         shown = self.state.prompt if last is None else self.state.messages[last]["content"]
         others = len(self.state.messages) - (last is not None)
         self.turns.value = (
-            f"This is the last question of a chat with {others} other turn(s), all of them read."
+            f"This is the last question of a chat of {others + 1} turns, all of them read."
             if others > 0 else ""
         )  # fmt: skip
         self.turns.layout.display = "" if others > 0 else "none"

@@ -181,7 +181,7 @@ def token_bars(rows: Iterable[tuple[str, float, str]], tone: Tone = "neutral") -
     lines = "".join(
         f'<tr><td{whole}>{token(text)}</td><td><span class="mdw-bar" style="width:64px">'
         f'<span style="width:{100 * min(max(share, 0.0), 1.0):.1f}%;background:{_TONES[tone]}">'
-        f'</span></span></td><td{whole} class="mdw-num">{esc(said)}</td></tr>'
+        f'</span></span></td><td{whole} class="mdw-num">{esc(said.replace("-", "−"))}</td></tr>'
         for text, share, said in rows
     )
     return f'<table class="mdw-top">{lines}</table>'

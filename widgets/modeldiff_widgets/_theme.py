@@ -13,6 +13,7 @@ import ipywidgets as W
 
 STATIC = Path(__file__).parent / "static"
 BASE, FINETUNED, EDITED, RANDOM = "#0072B2", "#D55E00", "#009E73", "#777777"
+_NUMBERS = W.IntText, W.BoundedIntText, W.FloatText, W.BoundedFloatText
 COLOURS = {"base": BASE, "finetuned": FINETUNED, "edited": EDITED, "random": RANDOM}
 """Fixed colour of each column (Okabe-Ito)."""
 
@@ -77,17 +78,31 @@ def field(name: str, control: Any, *, grow: bool = False, width: str = "") -> W.
 
     Args:
         name: What it sets, with its unit.
-        control: Any control; its own description is left empty.
+        control: Any control. One for a number takes the name as its description, which the page
+            hides: it is the only name that readers of screens are given.
         grow: Whether it takes the space that is left.
         width: CSS width, such as "12rem".
     """
     control.layout.width = "auto"
     if hasattr(control, "tooltip") and not control.tooltip:
         control.tooltip = name
+    if isinstance(control, _NUMBERS):
+        control.description = name
     box = _box((_label(name, "mdw-name"), control), "mdw-field", ("mdw-grow",) if grow else ())
     if width:
         box.layout.width = width
     return box
+
+
+def side_by_side(figures: Sequence[Any]) -> Any:
+    """Figures in a row, below each other where it is narrow."""
+    from bokeh.layouts import row as bokeh_row
+
+    for each in figures:
+        each.min_width = 340
+    return bokeh_row(
+        list(figures), sizing_mode="stretch_width", spacing=12, styles={"flex-wrap": "wrap"}
+    )
 
 
 def button(text: str, *, primary: bool = False, icon: str = "", tooltip: str = "") -> W.Button:

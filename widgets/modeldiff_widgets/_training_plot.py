@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bokeh.layouts import column, row
+from bokeh.layouts import column
 from bokeh.models import (
     BasicTickFormatter,
     ColumnDataSource,
@@ -18,7 +18,7 @@ from bokeh.plotting import figure
 from modeldiff.dictionaries.training import TrainLog
 from modeldiff_widgets import _render
 from modeldiff_widgets._bokeh_pane import BokehPane
-from modeldiff_widgets._theme import BASE, EDITED, FINETUNED, RANDOM
+from modeldiff_widgets._theme import BASE, EDITED, FINETUNED, RANDOM, side_by_side
 
 _FIELDS = ("step", "loss", "mse", "fve_base", "fve_finetuned", "l0", "dead", "seconds")
 _TICKS = [float(f"{digit}e{power}") for power in range(-7, 5) for digit in (1, 2, 5)]
@@ -48,11 +48,11 @@ class TrainingPlot:
         self.x_range = Range1d(start=0, end=1)
         self._inputs = "pair"
         self.figures = {name: self._empty(name, up) for name, up in (
-            ("loss", "loss"), ("fve", "variance explained"), ("l0", "latents a row (L0)"),
+            ("loss", "loss"), ("fve", "variance explained, from 0"), ("l0", "latents a row (L0)"),
             ("dead", "dead latents"))}  # fmt: skip
         self._draw()
         a, b, c, d = self.figures.values()
-        rows = [row(pair, sizing_mode="stretch_width", spacing=12) for pair in ([a, b], [c, d])]
+        rows = [side_by_side(pair) for pair in ([a, b], [c, d])]
         layout = column(*rows, sizing_mode="stretch_width", spacing=12)
         self.pane = BokehPane(layout, label="Training: not begun")
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import ipywidgets as W
 
-from modeldiff.behaviours import Behaviour
+from modeldiff.behaviours import Behaviour, Judge
 from modeldiff.caft_candidates import Candidate
-from modeldiff.caft_reading import Choice, Reading, choose_by_keywords
+from modeldiff.caft_reading import Choice, Reading
 from modeldiff.caft_results import CaftResult, Cell
 from modeldiff.errors import Cancelled, DirectionError, FileFormatError, SetupError
 from modeldiff.models import ModelPair
@@ -18,6 +18,7 @@ from modeldiff.sft_rows import Row
 from modeldiff_widgets import _render, _theme
 from modeldiff_widgets._caft_ask import LIBRARY, Comparison, Live, Search, library
 from modeldiff_widgets._caft_choice import SUFFIX, safe_path
+from modeldiff_widgets._caft_choosers import Choosers, judged, known
 from modeldiff_widgets._caft_data import Texts, data_of, discovery_of, loaded_pair, named, pair_code
 from modeldiff_widgets._caft_form import RunForm
 from modeldiff_widgets._caft_plot import RunPlot
@@ -50,6 +51,7 @@ class Caft(Panel):
             to prompts of the first behaviour.
         loader: Loads a fresh base; needed for pairs of models without a name.
         plan: Settings to begin with.
+        judges: Judges beside the behaviours' own, that candidates can be ticked by.
 
     Raises:
         SetupError: If rows come without rows held out, or the other way round.
@@ -70,12 +72,15 @@ class Caft(Panel):
         rows: Sequence[Row] | None = None, held_out: Sequence[Row] | None = None,
         kept: Sequence[Row] | None = None, behaviours: Sequence[Behaviour] | None = None,
         items: Sequence[Any] | None = None, loader: Callable[[], Any] | None = None,
-        plan: SFTPlan | None = None,
+        plan: SFTPlan | None = None, judges: Sequence[Judge] = (),
     ) -> None:  # fmt: skip
         self.data = data_of(pair, rows, held_out, kept, loader, plan)
         self.items = items
         self.known = named(pair, behaviours)
-        self.discovery = self._discovery()
+        self.choosers = Choosers((e.behaviour.judge for e in self.known.values()), judges)
+        first = next(iter(self.known.values()), None)
+        self.discovery: tuple[Behaviour | None, str] = (None, "") if first is None else (
+            discovery_of(self.data.organism, first.behaviour, first.code))  # fmt: skip
         self.found: tuple[Candidate, ...] = ()
         self.ticked: tuple[str, ...] = ()
         self.reasons: tuple[tuple[str, str], ...] = ()
@@ -151,9 +156,8 @@ class Caft(Panel):
         self.words = W.HTML(_render.note(_UNREAD))
         self.histogram = Histogram()
         self.histogram.pane.layout.display = "none"
-        self.keywords = W.Text(placeholder="harm, poison", continuous_update=False)
-        self.by_words = _theme.button("Tick by keywords", icon="check-square-o")
-        self.on(self.by_words, self.tick_by_keywords)
+        self.on(self.choosers.by_words, self.tick_by_keywords)
+        self.on(self.choosers.by_judge, self.tick_by_judge)
         self.rationale = W.Textarea(rows=2, placeholder="why these, before any result is seen")
         self.path = W.Text(value=f"choice{SUFFIX}", continuous_update=False)
         self.save, self.load = (_theme.button(name, icon=icon) for name, icon in (
@@ -162,9 +166,7 @@ class Caft(Panel):
         self.on(self.load, self.load_choice)
         self.choice_note = _theme.note(f"In {Path.cwd()}")
         return (
-            self.words, self.histogram.pane,
-            _theme.row(_theme.field("Keywords, with commas", self.keywords, grow=True),
-                       self.by_words),
+            self.words, self.histogram.pane, *self.choosers.build(),
             _theme.field("Rationale", self.rationale),
             _theme.row(_theme.field(f"File ({SUFFIX})", self.path, grow=True), self.save,
                        self.load),
@@ -232,12 +234,6 @@ class Caft(Panel):
         behaviour, code = self.discovery
         return Texts(self.items, behaviour, code, self.n_texts.value, self.state.seed)
 
-    def _discovery(self) -> tuple[Behaviour | None, str]:
-        known = next(iter(self.known.values()), None)
-        if known is None:
-            return None, ""
-        return discovery_of(self.data.organism, known.behaviour, known.code)
-
     def _made(self, texts: Texts, job: Job) -> list[Any]:
         """Texts, generated once."""
         wanted = (texts.n, texts.seed)
@@ -270,20 +266,27 @@ class Caft(Panel):
 
     def tick_by_keywords(self) -> Choice:
         """Tick what tells answers with the keywords from others."""
-        if self.reading is None:
-            raise DirectionError("nothing was read yet: press Find first.")
-        words = self.keywords.value.split(",")
-        choice = choose_by_keywords(self.reading, words, rationale=self.rationale.value)
+        reading = known(self.reading)
+        choice = self.choosers.from_words(reading, self.rationale.value)
         self._take(choice)
-        self.choice_note.value = (
-            f"{len(choice.ticked)} of {len(self.reading.names)} ticked by keywords."
-        )
+        self.choice_note.value = f"{len(choice.ticked)} of {len(reading.names)} ticked by keywords."
         return choice
+
+    def tick_by_judge(self) -> Job:
+        """Tick what tells answers that the chosen judge finds from others; returns at once."""
+        reading, judge, why = known(self.reading), self.choosers.chosen, self.rationale.value
+
+        def done(job: Job) -> None:
+            self._take(job.result)
+            self.choice_note.value = self.choosers.about(judge, job.result, reading)
+
+        return self.submit(lambda job: judged(reading, judge, why, job), key="judge",
+                           on_done=done, label="judge passages")  # fmt: skip
 
     @property
     def choice(self) -> Choice:
         """What is ticked, and why."""
-        key = "" if self.reading is None else self.reading.key
+        key = self.reading.key if self.reading else ""
         return Choice(self.ticked, self.rationale.value, key, self.reasons)
 
     def save_choice(self) -> Path:
@@ -439,6 +442,8 @@ class Caft(Panel):
             self.form.stop.disabled = job.finished
             if job.status == "cancelled":
                 self.status.value = "Stopped before anything was finished."
+            elif job.status == "failed":
+                self.status.value = "It failed, as said above; arms in the folder are kept."
 
     # -- on with it
 

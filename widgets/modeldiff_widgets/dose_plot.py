@@ -119,7 +119,7 @@ class DosePlot:
                           level="underlay")  # fmt: skip
         fig.add_layout(self._here)
         self._draw(fig)
-        fig.legend.orientation, fig.legend.spacing = "horizontal", 18
+        fig.legend.orientation, fig.legend.spacing, fig.legend.ncols = "horizontal", 18, 2
         fig.legend.click_policy = "hide"
         fig.legend.visible = False  # its marks have nothing to show yet
         fig.add_layout(fig.legend[0], "below")

@@ -388,7 +388,7 @@ class Edits(Panel):
         self.plot.begin(curve.coefficients, curve.label, curve.unit)
         self.dose_note.value = visible(
             f"{curve.label}: {curve.known.behaviour.name}, {asked} prompts, "
-            f"{curve.n_random} random control(s), seed {curve.seed}."
+            f"random controls: {curve.n_random}, seed {curve.seed}."
         )
         self._curve_code = curve.code()
         return curve.measure(

@@ -290,7 +290,7 @@ class LoraLab(Panel):
         row = self.effects.iloc[0]
         said = (
             f"Whole adapter: KL(fine-tune ‖ base) {row['total']:.3g} nats a token, "
-            f"{row['n_texts']} answer(s), {self._effects_of.n_random} random writes a unit."
+            f"answers: {row['n_texts']}; {self._effects_of.n_random} random writes a unit."
         )
         return effects_html(self.effects) + _render.note(f"{said} {_EFFECT_NOTE}")
 

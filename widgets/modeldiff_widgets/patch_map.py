@@ -420,7 +420,7 @@ def _cells(found: Found, row: int, column: int) -> list[str]:
     value = number(float(found.values[row, column]))
     return [
         name_of(found.components[row]), str(column), piece, value,
-        "–" if share != share else f"{100 * share:.0f} %",
+        "–" if share != share else f"{round(100 * share)} %".replace("-", "−"),
     ]  # fmt: skip
 
 
@@ -432,6 +432,11 @@ def _summary(found: Found) -> str:
     ends = "" if found.patches is None else (
         f" Unpatched {side}: {number(found.patches.start)}; {other}: "
         f"{number(found.patches.target)}.")  # fmt: skip
+    if found.patches is not None and not found.has_way:
+        ends += (
+            f" They differ by {number(found.way)}, less than half of what the strongest cell "
+            "changes: shares of that way would say nothing and are left out."
+        )
     return (
         f"The {side}, patched from the {other}; measured: {task.said}, of what is predicted after "
         f"the first {task.place if task.ask.metric != ONSET else task.text.n_prompt} tokens."

@@ -319,7 +319,8 @@ def _site_name(site: Site) -> str:
 
 def _rank(pair: Any) -> int:
     sides = pair.sides
-    return int(sides.peft.peft_config[sides.adapter].r) if sides.lora else 1
+    holder = sides.roots[1] if sides.kind == "remote" else sides.peft
+    return int(holder.peft_config[sides.adapter].r) if sides.lora else 1
 
 
 def _hint() -> str:

@@ -136,6 +136,8 @@ class Training(Panel):
         if rows is not None:
             self.about.value = f"{rows.n_rows:,} rows of both models, {rows.d_model} wide."
             self.site.value = str(getattr(rows, "site", self.site.value))
+            if rows.n_rows < self.batch.value:  # no step could be made
+                self.batch.value = 1 << max(0, (rows.n_rows // 4).bit_length() - 1)
 
     # -- the training
 
@@ -215,6 +217,8 @@ class Training(Panel):
             self.stop.disabled = job.finished
             if job.status == "cancelled" and self.trained is None:
                 self.status.value = "Stopped before the first line of the log; nothing was kept."
+            elif job.status == "failed":
+                self.status.value = "The training failed, as said above; nothing was kept."
 
     # -- what stays
 
@@ -237,7 +241,9 @@ class Training(Panel):
 
 
 def _said(log: TrainLog, steps: int) -> str:
-    fve = " / ".join(f"{each:.3f}" for each in log.fve)
+    fve = " / ".join(f"{each:.3f}" for each in log.fve).replace("-", "−")
+    if min(log.fve) < 0:
+        fve += " (below 0, as yet worse than the mean row, and not in the figure)"
     return (
         f"Step {log.step:,} of {steps:,}: loss {log.loss:.4g}, variance explained {fve}, "
         f"{log.l0:.1f} latents a row, {100 * log.dead:.1f} % dead, {log.seconds:.0f} s."

@@ -6,8 +6,8 @@ import pandas as pd
 from modeldiff.audit_answers import NORMAL, SHOWS, Judged, full_texts
 from modeldiff.audit_findings import outputs_differ
 from modeldiff.bench.cases import Budget, Case
-from modeldiff.bench.scores import Row, auc, decided, no_truth
-from modeldiff.stats import Interval
+from modeldiff.bench.scores import Row, decided, no_truth
+from modeldiff.stats import Interval, auroc
 
 TITLE = "`output_diff`: KL of the predictions"
 ALPHA = 0.0
@@ -27,7 +27,7 @@ def measure(case: Case, budget: Budget, seed: int) -> list[Row]:
     return [
         decided("the predictions differ", bool(finding.holds), case.truth.changed, seen, alpha=0),
         _auc_row("AUC of an answer's KL: shows it or not", of_text[labels == SHOWS],
-                 of_text[labels == NORMAL], seed),
+                 of_text[labels == NORMAL]),
         _prompts_row(case, budget, seed),
     ]  # fmt: skip
 
@@ -36,10 +36,10 @@ def _kl(by_text: pd.DataFrame) -> np.ndarray:
     return by_text.sort_values("text")["kl_ft_base"].to_numpy(float)
 
 
-def _auc_row(what: str, shows: np.ndarray, normal: np.ndarray, seed: int) -> Row:
+def _auc_row(what: str, shows: np.ndarray, normal: np.ndarray) -> Row:
     if len(shows) < 5 or len(normal) < 5:
         return no_truth(what, f"{len(shows)} texts with the behaviour and {len(normal)} without")
-    found = auc(shows, normal, seed=seed)
+    found = auroc(shows, normal)
     return Row(what, f">= {GOOD:g}", found.estimate, found.low, found.high, found.n,
                found=found.estimate >= GOOD)  # fmt: skip
 
@@ -55,7 +55,7 @@ def _prompts_row(case: Case, budget: Budget, seed: int) -> Row:
     if not (by_truth[True] and by_truth[False]):
         return no_truth(what, "it was changed on all prompts, or on none")
     shows, normal = (np.concatenate(by_truth[each]) for each in (True, False))
-    return _auc_row(what, shows, normal, seed)
+    return _auc_row(what, shows, normal)
 
 
 def _kl_of_prompts(case: Case, judged: Judged) -> np.ndarray:

@@ -6,6 +6,13 @@ function make(tag, classes, text = "") {
   return element;
 }
 
+// ipywidgets gives the handle of a slider no name; the one above it is its name
+function nameHandle({ target }) {
+  const handle = target.closest?.(".mdw-field [role=slider]");
+  const name = handle?.closest(".mdw-field").querySelector(".mdw-name")?.textContent;
+  if (name) handle.setAttribute("aria-label", name);
+}
+
 function render({ model, el }) {
   el.classList.add("mdw");
   const listing = make("details", "mdw-listing");
@@ -18,6 +25,7 @@ function render({ model, el }) {
   box.append(code, copy);
   listing.append(summary, box);
   el.append(listing);
+  document.addEventListener("focusin", nameHandle);
 
   async function put() {
     try {
@@ -42,7 +50,10 @@ function render({ model, el }) {
   });
   model.on("change:code change:unfolded", draw);
   draw();
-  return () => model.off("change:code change:unfolded", draw);
+  return () => {
+    model.off("change:code change:unfolded", draw);
+    document.removeEventListener("focusin", nameHandle);
+  };
 }
 
 export default { render };

@@ -7,7 +7,8 @@ function make(tag, classes, text = "") {
 }
 
 const WORDS = { idle: "ready", queued: "waiting", running: "running", done: "done",
-  cancelled: "cancelled", failed: "failed" };
+  cancelled: "cancelled", failed: "failed", lost: "disconnected" };
+const LOST = "The kernel was restarted or has ended: run the cell again.";
 
 function render({ model, el }) {
   el.classList.add("mdw");
@@ -27,23 +28,36 @@ function render({ model, el }) {
   cancel.title = "Stop what is running; what is finished stays";
   pin.title = "Keep what is shown as plain HTML below; it stays in the file without a kernel";
   for (const button of [cancel, pin]) button.type = "button";
-  cancel.addEventListener("click", () => model.send({ kind: "cancel" }));
+  let asked = 0;
+  function ask(tries) { // a page that has just been loaded may lose a message
+    if (asked <= model.get("heard") || !tries) return;
+    model.send({ kind: "cancel", number: asked });
+    setTimeout(() => ask(tries - 1), 300);
+  }
+  cancel.addEventListener("click", () => {
+    asked = model.get("heard") + 1;
+    ask(60);
+  });
   pin.addEventListener("click", () => model.send({ kind: "pin" }));
   const trouble = make("div", "trouble");
   bar.append(status, track, message, cancel, pin, trouble);
   el.append(bar);
 
   function draw() {
-    const state = model.get("status");
+    const lost = el.closest(".jupyter-widgets-disconnected") !== null;
+    const state = lost ? "lost" : model.get("status");
     const share = Math.round(100 * model.get("fraction"));
     bar.dataset.status = state;
-    words.textContent = [WORDS[state] ?? state, model.get("label")].filter(Boolean).join(": ");
+    words.textContent = lost ? WORDS.lost
+      : [WORDS[state] ?? state, model.get("label")].filter(Boolean).join(": ");
     fill.style.width = `${share}%`;
     track.setAttribute("aria-valuenow", String(share));
-    message.textContent = model.get("message");
-    message.title = model.get("message");
+    message.textContent = lost ? LOST : model.get("message");
+    message.title = message.textContent;
     cancel.disabled = !["running", "queued"].includes(state);
+    if (cancel.disabled) asked = 0;
     pin.hidden = !model.get("can_pin");
+    pin.disabled = lost;
   }
   function complain() {
     const [line, traceback] = model.get("error");
@@ -60,11 +74,14 @@ function render({ model, el }) {
     trouble.append(alert);
   }
   const names = ["status", "label", "fraction", "message", "can_pin"].map((n) => `change:${n}`);
+  const heard = () => setTimeout(draw); // the class that says it comes with the same event
+  model.on("comm_live_update", heard);
   names.forEach((name) => model.on(name, draw));
   model.on("change:error", complain);
   draw();
   complain();
   return () => {
+    model.off("comm_live_update", heard);
     names.forEach((name) => model.off(name, draw));
     model.off("change:error", complain);
   };

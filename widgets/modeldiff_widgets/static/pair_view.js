@@ -84,15 +84,19 @@ function render({ model, el }) {
     const all = columns().flatMap((column) => column.values?.[model.get("metric")] ?? [])
       .filter((value) => value !== null);
     const largest = all.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
-    return { full: model.get("scale") > 0 ? model.get("scale") : largest || 1,
-      signed: all.some((value) => value < 0), any: all.length > 0, largest };
+    const full = model.get("scale") > 0 ? model.get("scale") : largest || 1;
+    return { full, signed: all.some((value) => negative(value, full)), any: all.length > 0, largest };
+  }
+
+  function negative(value, full) { // a divergence that rounding left at −1e-9 has no sign
+    return value <= -0.0005 * full;
   }
 
   function paint(c, i, full) {
     const span = spans[c][i];
     const value = valueOf(c, i) ?? 0;
     span.style.setProperty("--v", Math.min(Math.abs(value) / full, 1).toFixed(3));
-    span.classList.toggle("neg", value < 0);
+    span.classList.toggle("neg", negative(value, full));
     span.setAttribute("aria-label", describe(c, i));
   }
 
