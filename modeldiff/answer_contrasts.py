@@ -70,7 +70,8 @@ def answer_directions(
     wanted = (SHOWS, NORMAL) if contrast == "answers" else (SHOWS,)
     rows = [i for i, label in enumerate(labels) if label in wanted]
     measured = survey(
-        pair.sides, full_texts(pair, found, rows), [labels[i] for i in rows], on="new", seed=seed,
+        pair.sides, full_texts(pair, found, rows), [labels[i] for i in rows],
+        groups=[found.answers[i].prompt for i in rows], on="new", seed=seed,
         progress=progress, cancel=cancel,
     )  # fmt: skip
     if contrast == "answers":

@@ -142,7 +142,7 @@ def _rerun_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="a small run: three minutes")
+    parser.add_argument("--quick", action="store_true", help="a small run: some minutes")
     parser.add_argument("--out", type=Path, default=Path("bench"),
                         help="folder of the results; a run that was stopped goes on (default "
                         "./bench)")  # fmt: skip

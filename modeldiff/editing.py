@@ -258,7 +258,13 @@ class Editor:
                 f"{one.edit.describe()!r} copies a tensor of shape {list(other.shape)} to "
                 f"activations of shape {list(h.shape)}: it must come from a run of the same batch."
             )
-        new = one.edit.apply(h.float(), self._vectors_on(one, h.device), other)
+        vectors = self._vectors_on(one, h.device)
+        if vectors.numel() and vectors.shape[-1] != h.shape[-1]:
+            raise InterventionError(
+                f"{one.edit.describe()!r} has {vectors.shape[-1]} numbers and activations there "
+                f"have {h.shape[-1]}: the direction must be of the site that it edits."
+            )
+        new = one.edit.apply(h.float(), vectors, other)
         self.fired[one.number] += h.shape[0] if self.step > 0 else one.selected
         if mask is True:
             return new.to(h.dtype)

@@ -179,6 +179,7 @@ def generate(
 
     Raises:
         InterventionError: If an edit did not fire, or cannot act during generation.
+        MaskError: If an answer could go beyond a model's learned positions.
         SetupError: If memory runs out on a single row.
         MismatchError: If the decoder cannot be used for this model, or beside this engine.
         Cancelled: If the event is set; ``partial`` holds the finished batches' `Generations`.
@@ -187,6 +188,7 @@ def generate(
     grid_cells = grid(do, models) if cells is None else tuple(cells)
     if max_new_tokens < 1:
         raise InterventionError(f"max_new_tokens={max_new_tokens}: an answer has at least 1.")
+    sides.check_lengths([text.n_tokens for text in texts], max_new_tokens - 1)
     _check(sides, texts, grid_cells, n, temperature)
     if decoder is not None and (sides.kind == "remote" or engine != "hooks"):
         what = "a remote pair" if sides.kind == "remote" else f"engine={engine!r}"

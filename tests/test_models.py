@@ -16,6 +16,7 @@ from modeldiff.amplification import amplify
 from modeldiff.directions import Direction
 from modeldiff.errors import (
     InactiveAdapterError,
+    InterventionError,
     MaskError,
     MismatchError,
     ModelDiffError,
@@ -345,6 +346,11 @@ def test_texts_longer_than_learned_positions_are_refused():
             call([long])
     with pytest.raises(MaskError, match="127 tokens and 2 new ones"):
         amplify(pair.sides, [long[:127]], max_new_tokens=3)
+    with pytest.raises(MaskError, match="127 tokens and 2 new ones"):
+        pair.generate([long[:127]], max_new_tokens=3)
+    wide = Steer(Direction.of(torch.ones(3), "mlp_act.1", "narrow"))
+    with pytest.raises(InterventionError, match="3 numbers and activations there have"):
+        pair.run(["a"], do=wide)
     rotary = ModelPair.of(model("llama"), model("llama", 1), tokenizer())
     assert rotary.run([long]).logits.shape[1] == 129
 

@@ -1,6 +1,7 @@
 """The pairs that methods are scored on, and what is true of each."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Event
@@ -140,6 +141,18 @@ class Written:
     labels: list[str]
     on: str
     prompts: tuple[int, ...]
+
+    def halves(self, n: int) -> tuple[tuple[Text, ...], tuple[Text, ...]]:
+        """Up to n texts in two halves that share no prompt, of as many prompts as there are."""
+        numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(self.prompts))}
+        counts, turns = Counter[int](), []
+        for i, prompt in enumerate(self.prompts):
+            turns.append((counts[prompt], i))
+            counts[prompt] += 1
+        halves: tuple[list[Text], list[Text]] = [], []
+        for _, i in sorted(turns):
+            halves[numbers[self.prompts[i]] % 2].append(self.texts[i])
+        return tuple(halves[0][: n // 2]), tuple(halves[1][: n // 2])
 
 
 def case_names() -> tuple[str, ...]:

@@ -57,7 +57,7 @@ QUICK = Plan(
     n_same=5,
     n_other=2,
 )
-"""A look at everything in three minutes; intervals are wide."""
+"""A look at everything in some minutes; intervals are wide."""
 
 
 def bench(

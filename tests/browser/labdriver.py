@@ -42,6 +42,11 @@ VOILA_ICONS = "https://cdn.jsdelivr.net/npm/@fortawesome/fontawesome-free@"
 NOISE = ("Failed to load resource", "willReadFrequently", "favicon", "debugger state")
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 
+PAGE: dict[str, Any] = {
+    "exposeAppInBrowser": True,  # Notebook 7 forgets its option
+    # removes itself twice where the theme changes twice in 200 ms
+    "disabledExtensions": {"@jupyterlab/apputils-extension:splash": True},
+}
 _OPEN = """async ([path, kernel]) => {
   const widget = await jupyterapp.commands.execute("docmanager:open",
     {path, factory: "Notebook", kernel: {name: kernel}});
@@ -117,7 +122,7 @@ def serving(folder: Path, app: str = "lab") -> Iterator[Server]:
         path.write_text(json.dumps(values))
     page = folder / "config" / "labconfig" / "page_config.json"
     page.parent.mkdir(parents=True)
-    page.write_text(json.dumps({"exposeAppInBrowser": True}))  # Notebook 7 forgets its option
+    page.write_text(json.dumps(PAGE))
     isolated = {
         f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")
     }
@@ -340,15 +345,18 @@ class Notebook:
     @contextmanager
     def narrow(self, width: int) -> Iterator[None]:
         """Look at it on a narrow page."""
-        page, size = self.lab.page, self.lab.page.viewport_size
-        for each in (width, size["width"]):
-            page.set_viewport_size({**size, "width": each})
-            page.wait_for_function(
-                "([id, most]) => document.getElementById(id).clientWidth <= most",
-                arg=[self.identity, each],
-            )
-            if each == width:
-                yield
+        size = self.lab.page.viewport_size
+        self._resize({**size, "width": width})
+        yield
+        self._resize(size)
+
+    def _resize(self, size: dict[str, int]) -> None:
+        page = self.lab.page
+        page.set_viewport_size(size)
+        page.wait_for_function(
+            "([id, most]) => document.getElementById(id).clientWidth <= most",
+            arg=[self.identity, size["width"]],
+        )
 
     def save(self) -> dict[str, Any]:
         """Write the file and return what it holds."""

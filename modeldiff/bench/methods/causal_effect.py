@@ -15,7 +15,7 @@ WHAT = "setting the shift back costs more than controls"
 def measure(case: Case, budget: Budget, seed: int) -> list[Row]:
     """Score the shift of half of the texts, where the difference grows most, on the other half."""
     written = case.written(budget, seed)
-    first, second = written.texts[:N_TEXTS:2], written.texts[1:N_TEXTS:2]
+    first, second = written.halves(N_TEXTS)
     seen = survey(case.pair.sides, first, ["any"] * len(first), on=written.on, seed=seed,
                   cancel=case.cancel)  # fmt: skip
     found = model_directions(seen, "any", "shift")

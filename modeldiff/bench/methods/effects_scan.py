@@ -22,8 +22,7 @@ CLOSES = "ablation closes the distance"
 def measure(case: Case, budget: Budget, seed: int) -> list[Row]:
     """Score the layer of the scan, on half of the texts, and the distance closed on the others."""
     written = case.written(budget, seed)
-    texts = written.texts[: budget.n_texts]
-    halves = texts[::2], texts[1::2]
+    halves = written.halves(budget.n_texts)
     labels = ["any"] * len(halves[0])
     seen = survey(case.pair.sides, halves[0], labels, on=written.on, seed=seed, cancel=case.cancel)
     found = model_directions(seen, "any", "shift")
