@@ -61,7 +61,7 @@ def main(small=False):
     texts = random_texts(lengths(12 if small else 400, 64 if small else 1024),
                          sides.config.vocab_size)  # fmt: skip
     n_tokens = sum(len(text.ids) for text in texts)
-    known = {each.name: getattr(sides, each.name) for each in fields(Sides)}
+    known = {each.name: getattr(sides, each.name) for each in fields(Sides) if each.init}
     apart = Apart(**known)
     items = [text.text for text in texts]
     with tempfile.TemporaryDirectory() as folder:
