@@ -169,7 +169,7 @@ def test_what_cannot_be_read_is_refused(planted):
 def test_the_shift_of_null_pairs_is_read_no_more_sharply_than_random_directions():
     alarms, easy, rng = 0, 0, random.Random(3)
     stories = [world.story(rng) for _ in range(24)]
-    for null in null_pairs(20):
+    for null in null_pairs(12):
         acts = null.pair.capture(stories, "resid_post.3")
         shift = Direction.of(acts.difference(acts.site).mean(0), acts.site, "shift")
         own = acts.base[acts.site]
@@ -179,6 +179,6 @@ def test_the_shift_of_null_pairs_is_read_no_more_sharply_than_random_directions(
                            controls=controls, seed=null.seed)  # fmt: skip
         alarms += found.p <= 0.05
         easy += found.p_random <= 0.05
-    print(f"patchscope: {alarms} alarms of 20 null pairs at 5 %; {easy} if random directions "
+    print(f"patchscope: {alarms} alarms of 12 null pairs at 5 %; {easy} if random directions "
           "were the only controls")  # fmt: skip
-    assert alarms <= 4  # more than 4 come once in 380 times
+    assert alarms <= 3  # more than 3 come once in 450 times

@@ -135,11 +135,11 @@ def test_the_trace_of_the_topic_is_as_weak_as_its_card_says():
 @pytest.mark.slow
 def test_null_pairs_are_about_no_topic():
     alarms = reached = 0
-    for null in null_pairs(20):
+    for null in null_pairs(12):
         _, lens, found = lensed(null.pair, n=60, n_random=19)
         alarms += bool(found.set_index("position").loc["all", "relevant"])
         rest = lens.reach[~lens.reach["flagged"]]
         reached += int((rest[["p_random", "p_random_difference"]].max(axis=1) <= 0.05).any())
-    print(f"relevance: {alarms} alarms of 20 null pairs at 5 %; reach beyond every control at a "
-          f"position: {reached} of 20")  # fmt: skip
-    assert alarms <= 4  # more than 4 come once in 380 times
+    print(f"relevance: {alarms} alarms of 12 null pairs at 5 %; reach beyond every control at a "
+          f"position: {reached} of 12")  # fmt: skip
+    assert alarms <= 3  # more than 3 come once in 450 times
