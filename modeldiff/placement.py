@@ -162,7 +162,11 @@ def dense_weight(module: nn.Module) -> Tensor:
         if type(module.weight).__name__ in ("Int8Params", "Params4bit"):
             from peft.utils.integrations import dequantize_module_weight
 
-            return dequantize_module_weight(module).detach()
+            kept = module.weight
+            try:
+                return dequantize_module_weight(module).detach()
+            finally:
+                module.weight = kept  # on a CPU peft puts a copy there that has lost its scales
         return module.weight.detach()  # pyright: ignore[reportReturnType, reportCallIssue]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from modeldiff import embedded
 from modeldiff.batch_size import fitted, known_limit
 from modeldiff.directions import Direction
 from modeldiff.edit_effects import effects
@@ -154,17 +155,15 @@ def test_layers_in_memory_and_on_disk_give_the_same_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_an_adapter_on_a_quantised_base(tmp_path, bits):
+def test_an_adapter_on_a_quantised_base(bits):
     pytest.importorskip("bitsandbytes")
-    peft_model().save_pretrained(tmp_path)
-    model("llama").save_pretrained(tmp_path / "base")
-    tokenizer().save_pretrained(tmp_path / "base")
-    pair = ModelPair.load(tmp_path / "base", adapter=tmp_path / "tuned", quantization=bits)
+    saved = {"base": embedded.FOLDER / "em-base", "adapter": embedded.FOLDER / "em-rank1"}
+    whole, pair = ModelPair.load(**saved), ModelPair.load(**saved, quantization=bits)
     assert is_quantized(pair.sides.roots[0])
-    whole = ModelPair.load(tmp_path / "base", adapter=tmp_path / "tuned", device="cuda")
+    norms = [[m.base_norm for m in adapter_modules(p.sides)] for p in (whole, pair)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)
     off = pair.run(TEXTS, do=ScaleAdapter(0.0)).logits
     torch.testing.assert_close(off, pair.run(TEXTS, side="base").logits, atol=0, rtol=0)
-    exact, rounded = (p.capture(TEXTS, SITE).difference(SITE) for p in (whole, pair))
-    assert torch.nn.functional.cosine_similarity(exact, rounded).mean() > 0.8
-    norms = [[m.base_norm for m in adapter_modules(p.sides)] for p in (whole, pair)]
-    torch.testing.assert_close(torch.tensor(norms[1]), torch.tensor(norms[0]), atol=0, rtol=0.1)
+    site = "resid_post.5"
+    exact, rounded = (p.capture(TEXTS, site).difference(site).float() for p in (whole, pair))
+    assert torch.nn.functional.cosine_similarity(exact, rounded).mean() > 0.9

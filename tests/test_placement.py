@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 
-from modeldiff import placement
+from modeldiff import embedded, placement
 from modeldiff.directions import Direction
 from modeldiff.errors import MismatchError, SetupError
-from modeldiff.interventions import Ablate, Replace, Steer
+from modeldiff.interventions import Ablate, Cell, Replace, ScaleAdapter, Steer, as_plan
 from modeldiff.lora import adapter_modules
 from modeldiff.models import ModelPair
 from modeldiff.orthogonalise import orthogonalised
@@ -19,6 +19,7 @@ from modeldiff.weights import weight_diff
 from tests.families import build_adapter_pair, model, peft_model, tokenizer
 
 TEXTS = ["the cat sat on the mat", "a small bird sang of rain"]
+ASKED = ["The house is", "What should I eat today?", "Greta found a lantern"]
 SITE = "resid_post.2"
 NAMES = ("model.norm", "model.embed_tokens", "model.rotary_emb", "lm_head",
          *(f"model.layers.{i}" for i in range(4)))  # fmt: skip
@@ -116,6 +117,36 @@ def test_the_settings_of_a_quantised_base_reach_transformers(saved, asked, bits)
     if bits == "4bit":
         assert config.bnb_4bit_quant_type == "nf4"
         assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "alike", "rounding"), [("8bit", 0.99, 0.01), ("4bit", 0.95, 0.1)])
+def test_an_adapter_on_a_quantised_base(bits, alike, rounding):
+    """With the real bitsandbytes, which has kernels for CPUs, too."""
+    pytest.importorskip("bitsandbytes")
+    saved = {"base": embedded.FOLDER / "em-base", "adapter": embedded.FOLDER / "em-rank1"}
+    exact, pair = ModelPair.load(**saved), ModelPair.load(**saved, quantization=bits)
+    assert placement.is_quantized(pair.sides.roots[0])
+    base = pair.run(ASKED, side="base").logits
+    norms = [[m.base_norm for m in adapter_modules(p.sides)] for p in (exact, pair)]
+    assert norms[1] == pytest.approx(norms[0], rel=rounding)
+    assert torch.equal(pair.run(ASKED, side="base").logits, base), "reading weights changed them"
+    assert torch.equal(pair.run(ASKED, do=ScaleAdapter(0.0)).logits, base)
+    whole, rounded = (p.capture(ASKED, "resid_post.5").difference("resid_post.5").float()
+                      for p in (exact, pair))  # fmt: skip
+    cosine = torch.nn.functional.cosine_similarity(whole, rounded).mean()
+    kl = [p.output_diff(ASKED).tokens["kl_ft_base"].mean() for p in (exact, pair)]
+    print(f"{bits}: cosine of the differences {cosine:.4f}; KL {kl[1]:.3f} for {kl[0]:.3f}")
+    assert cosine > alike
+    assert kl[1] == pytest.approx(kl[0], rel=0.3)
+    answers = [
+        [
+            a.ids
+            for a in pair.generate(ASKED, cells=[cell], temperature=0.0, max_new_tokens=4).answers
+        ]
+        for cell in (Cell("base"), Cell("finetuned", "off", as_plan(ScaleAdapter(0.0))))
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_what_cannot_be_quantised_is_refused(saved, monkeypatch):
