@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -11,6 +11,7 @@ from modeldiff.architectures import SiteMap, module_at
 from modeldiff.sites import Site
 
 
+@runtime_checkable
 class Edits(Protocol):
     """What is hooked: an `Editor`, or what stands for one."""
 

@@ -331,6 +331,7 @@ def test_other_dtypes_are_refused(adapter_pair, dtype):
         adapter_pair.capture(["the cat sat"], "resid_post.1", dtype=dtype)
 
 
+@pytest.mark.ill_typed
 def test_sides_of_other_widths_have_no_difference(adapter_pair):
     acts = adapter_pair.capture(["the cat sat"], "mlp_act.1")
     site = acts.site
@@ -342,6 +343,7 @@ def test_sides_of_other_widths_have_no_difference(adapter_pair):
 CHAT = Chat([{"role": "user", "content": "a"}])
 
 
+@pytest.mark.ill_typed
 @pytest.mark.parametrize("item", [Completion("the cat", " sat"), CHAT])
 def test_one_item_is_one_text(adapter_pair, item):
     assert adapter_pair.texts(item) == adapter_pair.texts([item])

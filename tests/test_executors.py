@@ -201,6 +201,7 @@ def test_replace_from_itself_is_refused(adapter_pair):
         adapter_pair.run(TEXTS, side="base", do=Replace("resid_post.1", "base"))
 
 
+@pytest.mark.ill_typed
 def test_there_are_two_engines(adapter_pair):
     for call in (adapter_pair.run, adapter_pair.generate):
         with pytest.raises(InterventionError, match="'hooks' or 'nnsight'"):

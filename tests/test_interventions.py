@@ -316,6 +316,7 @@ def test_sites_of_edits():
     assert site_kinds(plan, SHAPE) == {"resid_post", "lora", "z"}
 
 
+@pytest.mark.ill_typed
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -333,6 +334,7 @@ def test_edits_that_have_no_site_are_errors(make, words):
         make(direction()).sites(SHAPE)
 
 
+@pytest.mark.ill_typed
 @pytest.mark.parametrize("do", ["steer", 1.0, [], direction()])
 def test_what_is_no_edit_is_refused(do):
     with pytest.raises(InterventionError, match=f"a {type(do).__name__} is no edit"):
@@ -430,6 +432,7 @@ def test_every_argument_is_part_of_the_key_and_equal_plans_have_equal_keys():
         names[key] = name
 
 
+@pytest.mark.ill_typed
 def test_writing_an_argument_differently_does_not_change_the_key():
     d, ones = direction(), torch.ones(1, 2, 3)
     same = [

@@ -165,6 +165,7 @@ def test_identical_models_give_exactly_nothing():
     assert not table.carries.any()
 
 
+@pytest.mark.ill_typed
 def test_a_metric_must_be_finite(adapter_pair):
     """``kl_div(logp, logp)`` without ``log_target`` is NaN, with a gradient that looks fine."""
 

@@ -176,6 +176,7 @@ def test_a_completion_of_messages_is_refused():
         Completion([{"role": "user", "content": "a"}], "b")  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.ill_typed
 @pytest.mark.parametrize("item", [None, 5, b"text", {"role": "user", "content": "a"}, [1], ["a"]])
 def test_what_is_no_text_is_refused(item):
     with pytest.raises(MaskError, match=f"type {type(item).__name__} is no text"):

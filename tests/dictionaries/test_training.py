@@ -322,6 +322,7 @@ def test_rows_that_are_not_finite_stop_the_run(kind, value, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.ill_typed
 def test_what_does_not_fit_is_refused(source):
     with pytest.raises(MismatchError, match="width 6, a dictionary of width 7"):
         train(crosscoder(7, 24, k=2), source, PLAN)
