@@ -157,8 +157,9 @@ def test_layers_in_memory_and_on_disk_give_the_same_numbers(tmp_path):
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_an_adapter_on_a_quantised_base(bits):
     pytest.importorskip("bitsandbytes")
-    saved = {"base": embedded.FOLDER / "em-base", "adapter": embedded.FOLDER / "em-rank1"}
-    whole, pair = ModelPair.load(**saved), ModelPair.load(**saved, quantization=bits)
+    base, adapter = embedded.FOLDER / "em-base", embedded.FOLDER / "em-rank1"
+    whole = ModelPair.load(base, adapter=adapter)
+    pair = ModelPair.load(base, adapter=adapter, quantization=bits)
     assert is_quantized(pair.sides.roots[0])
     norms = [[m.base_norm for m in adapter_modules(p.sides)] for p in (whole, pair)]
     assert norms[1] == pytest.approx(norms[0], rel=0.1)
